@@ -1,0 +1,1 @@
+//! The person's door to Capsid: run, check.

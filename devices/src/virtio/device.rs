@@ -1,0 +1,88 @@
+//! The contract between the virtio transport and a device.
+//!
+//! The transport (virtio-pci) owns everything that is alike for all devices: feature negotiation, the
+//! status machine, queue settings (frozen from DRIVER_OK until a completed reset) and MSI-X. A device is
+//! constants, a configuration space, and what it does with live queues between
+//! [`VirtioDevice::activate`] and [`VirtioDevice::reset`].
+//!
+//! Every byte a device reads from a queue or a register is hostile. A device that meets a chain it cannot
+//! serve answers as its section of virtio 1.2 says, or asks for `DEVICE_NEEDS_RESET` by
+//! [`Interrupt::needs_reset`]; it never ends the VMM.
+
+use super::queue::ActiveQueue;
+use crate::GuestMemory;
+use std::sync::Arc;
+
+/// How a device tells the driver that something happened. Implemented by the transport; cheap and safe to
+/// call from any thread, also after a reset (then nothing happens).
+pub trait Interrupt: Send + Sync {
+    /// Used buffers are waiting in `queue` (virtio 1.2 section 2.7.8). The caller has already asked the
+    /// queue whether the driver wants to know.
+    fn used(&self, queue: u16);
+    /// The device's configuration space changed (section 2.5).
+    fn config_changed(&self);
+    /// The device is in trouble that only a reset mends: sets DEVICE_NEEDS_RESET (section 2.1.2).
+    fn needs_reset(&self);
+}
+
+/// What a device gets when the driver sets DRIVER_OK.
+pub struct Activation {
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// The negotiated feature bits, device-specific and transport ones.
+    pub features: u64,
+    /// The enabled queues in order; a queue that the driver left disabled is `None`.
+    pub queues: Vec<Option<ActiveQueue>>,
+    /// The way back to the driver.
+    pub interrupt: Arc<dyn Interrupt>,
+}
+
+/// Why a device could not be activated or reset; the transport then marks it DEVICE_NEEDS_RESET or FAILED.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// The driver did not enable a queue that the device cannot do without.
+    #[error("queue {0} is not enabled")]
+    QueueMissing(u16),
+    /// A host resource could not be had.
+    #[error("cannot {what}")]
+    Io {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        cause: std::io::Error,
+    },
+}
+
+/// A virtio device behind the transport.
+///
+/// `activate` and `reset` alternate; the transport never calls `activate` twice without a completed
+/// `reset` between.
+pub trait VirtioDevice: Send {
+    /// Device type (virtio 1.2 section 5).
+    fn device_type(&self) -> u16;
+
+    /// The largest size of each queue; its length is the number of queues. Powers of two, at most 32768.
+    fn queue_sizes(&self) -> &[u16];
+
+    /// The device-specific feature bits offered (bits 0 to 23 and 50 to 127 as far as u64 goes). The
+    /// transport adds VIRTIO_F_VERSION_1, VIRTIO_F_INDIRECT_DESC and VIRTIO_F_EVENT_IDX.
+    fn features(&self) -> u64;
+
+    /// The device-specific configuration space, read as plain little-endian bytes; the transport cuts out
+    /// what the driver asked for and answers zero beyond its end. Writes by the driver are dropped.
+    fn config(&self) -> Vec<u8>;
+
+    /// Takes live queues. Kicks arrive on each queue's `kick` eventfd, which the device watches on its own
+    /// thread or on the event loop it was built for.
+    ///
+    /// # Errors
+    /// The device cannot work; the transport sets DEVICE_NEEDS_RESET.
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
+
+    /// Stops all work and returns only when nothing of the device touches guest memory any more.
+    ///
+    /// # Errors
+    /// The device cannot be used again; the transport keeps it FAILED.
+    fn reset(&mut self) -> Result<(), DeviceError>;
+}

@@ -1,0 +1,478 @@
+//! The configuration of one microVM, as the owner hands it to the VMM: JSON on an inherited fd, every
+//! resource an inherited fd by number. Parsed once; a [`MachineConfig`] that exists is valid.
+//!
+//! Unknown fields, numbers out of range and fds named twice are refused with one sentence. Nothing in
+//! here names a path: the VMM opens nothing.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
+use std::fmt;
+
+/// Version of this format; the VMM refuses any other.
+pub const CONFIG_VERSION: u32 = 1;
+/// Longest configuration that the VMM reads, in bytes.
+pub const CONFIG_MAX_BYTES: usize = 64 * 1024;
+/// Longest extra kernel command line, in bytes (x86 allows 2048 in all; boot needs some itself).
+pub const CMDLINE_MAX_BYTES: usize = 1024;
+/// Most virtio-fs shares of one VM.
+pub const SHARES_MAX: usize = 8;
+/// Most host ports that a guest may be allowed to dial.
+pub const GUEST_DIAL_MAX: usize = 8;
+
+/// A number of virtual CPUs, all brought up at boot: 1 to 32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct Cpus(u8);
+
+impl Cpus {
+    /// The most CPUs of one VM.
+    pub const MAX: u8 = 32;
+
+    /// The number itself.
+    pub fn get(self) -> u8 {
+        self.0
+    }
+}
+
+impl TryFrom<u64> for Cpus {
+    type Error = ConfigError;
+
+    fn try_from(count: u64) -> Result<Self, ConfigError> {
+        match u8::try_from(count) {
+            Ok(count @ 1..=Self::MAX) => Ok(Cpus(count)),
+            _ => Err(ConfigError::Cpus(count)),
+        }
+    }
+}
+
+impl From<Cpus> for u64 {
+    fn from(cpus: Cpus) -> u64 {
+        u64::from(cpus.0)
+    }
+}
+
+/// A guest memory size in MiB: 64 MiB to 512 GiB.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "u64", into = "u64")]
+pub struct MemoryMib(u64);
+
+impl MemoryMib {
+    /// The least memory with which the guest kernel, its initramfs and the agent run, in MiB.
+    pub const MIN: u64 = 64;
+    /// The most memory of one VM, in MiB (512 GiB).
+    pub const MAX: u64 = 512 * 1024;
+
+    /// The size in MiB.
+    pub fn get(self) -> u64 {
+        self.0
+    }
+
+    /// The size in bytes.
+    pub fn bytes(self) -> u64 {
+        self.0 << 20
+    }
+}
+
+impl TryFrom<u64> for MemoryMib {
+    type Error = ConfigError;
+
+    fn try_from(mib: u64) -> Result<Self, ConfigError> {
+        if (Self::MIN..=Self::MAX).contains(&mib) {
+            Ok(MemoryMib(mib))
+        } else {
+            Err(ConfigError::Memory(mib))
+        }
+    }
+}
+
+impl From<MemoryMib> for u64 {
+    fn from(memory: MemoryMib) -> u64 {
+        memory.0
+    }
+}
+
+/// The number of an inherited file descriptor; never 0, 1 or 2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "i64", into = "i64")]
+pub struct FdNumber(i32);
+
+impl FdNumber {
+    /// The number as the kernel takes it.
+    pub fn get(self) -> i32 {
+        self.0
+    }
+}
+
+impl TryFrom<i64> for FdNumber {
+    type Error = ConfigError;
+
+    fn try_from(fd: i64) -> Result<Self, ConfigError> {
+        match i32::try_from(fd) {
+            Ok(fd) if fd > 2 => Ok(FdNumber(fd)),
+            _ => Err(ConfigError::Fd(fd)),
+        }
+    }
+}
+
+impl From<FdNumber> for i64 {
+    fn from(fd: FdNumber) -> i64 {
+        i64::from(fd.0)
+    }
+}
+
+impl fmt::Display for FdNumber {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// One microVM. See the module text.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// [`CONFIG_VERSION`].
+    pub version: u32,
+    /// Name of the VM for messages and thread names: 1 to 64 of `[A-Za-z0-9_.-]`.
+    pub id: String,
+    /// Virtual CPUs.
+    pub cpus: Cpus,
+    /// Guest memory.
+    pub memory_mib: MemoryMib,
+    /// The guest kernel: ELF with a PVH note, or bzImage.
+    pub kernel_fd: FdNumber,
+    /// The initramfs, mapped or copied as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initramfs_fd: Option<FdNumber>,
+    /// Kernel parameters added behind the VMM's own.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub cmdline: String,
+    /// The vsock device; absent: none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// The virtio-fs devices.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub shares: Vec<ShareConfig>,
+    /// Where the guest's serial port writes; absent: only into the VMM's ring. With it the guest gets a
+    /// console on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<SerialConfig>,
+    /// Where one JSON [`crate::report::MachineReport`] is written when the VM ends.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report_fd: Option<FdNumber>,
+    /// Whom the VMM becomes.
+    pub jail: JailConfig,
+}
+
+/// The vsock device and its owner channel ([`crate::vsock`]).
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The VMM's end of the owner channel.
+    pub owner_fd: FdNumber,
+    /// The host ports that the guest may dial; every other connect is reset.
+    #[serde(default)]
+    pub guest_may_dial: Vec<GuestDial>,
+}
+
+/// One host port that the guest may dial.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct GuestDial {
+    /// Host port.
+    pub port: u32,
+    /// How many connections it may make over the life of the VM; later ones are reset.
+    pub connections: u32,
+}
+
+/// One virtio-fs device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// Mount tag, 1 to 36 bytes of UTF-8 (virtio 1.2 section 5.11.4).
+    pub tag: String,
+    /// A detached mount tree (`open_tree(2)` with `OPEN_TREE_CLONE`): the root of the share.
+    pub tree_fd: FdNumber,
+}
+
+/// Where the serial port writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {
+    /// A file, pipe or terminal open for writing.
+    pub fd: FdNumber,
+}
+
+/// Whom the VMM becomes before the guest runs. Never root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JailConfig {
+    /// User id, not 0.
+    pub uid: u32,
+    /// Group id, not 0.
+    pub gid: u32,
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Not JSON, an unknown or missing field, or a value of the wrong type or range.
+    #[error("machine config is not valid")]
+    Json(#[source] serde_json::Error),
+    /// Longer than [`CONFIG_MAX_BYTES`].
+    #[error("machine config is {0} bytes long, at most {CONFIG_MAX_BYTES} are read")]
+    TooLong(usize),
+    /// Another version.
+    #[error("machine config has version {0}, this VMM reads version {CONFIG_VERSION}")]
+    Version(u32),
+    /// Id outside its alphabet or length.
+    #[error("id {0:?} is not 1 to 64 characters of [A-Za-z0-9_.-]")]
+    Id(String),
+    /// CPUs out of range.
+    #[error("{0} cpus: a VM has 1 to {max}", max = Cpus::MAX)]
+    Cpus(u64),
+    /// Memory out of range.
+    #[error("{0} MiB of memory: a VM has {min} to {max} MiB", min = MemoryMib::MIN, max = MemoryMib::MAX)]
+    Memory(u64),
+    /// Not an inheritable fd number.
+    #[error("fd {0} cannot be an inherited resource, expected 3 or more")]
+    Fd(i64),
+    /// Two resources name the same fd.
+    #[error("fd {0} is named twice")]
+    FdTwice(FdNumber),
+    /// Command line too long or with control characters.
+    #[error("kernel command line is longer than {CMDLINE_MAX_BYTES} bytes or not printable ASCII")]
+    Cmdline,
+    /// Tag empty, too long or used twice.
+    #[error("share tag {0:?} is empty, longer than 36 bytes or used twice")]
+    Tag(String),
+    /// Too many shares or ports.
+    #[error("{what}: {count} entries, at most {max}")]
+    TooMany {
+        /// The field.
+        what: &'static str,
+        /// Entries given.
+        count: usize,
+        /// Entries allowed.
+        max: usize,
+    },
+    /// A port named twice.
+    #[error("guest_may_dial names port {0} twice")]
+    PortTwice(u32),
+    /// The jail would keep root.
+    #[error("jail uid and gid must not be 0")]
+    JailRoot,
+}
+
+impl MachineConfig {
+    /// Reads and checks a configuration.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names the first thing wrong.
+    pub fn from_json(json: &[u8]) -> Result<MachineConfig, ConfigError> {
+        if json.len() > CONFIG_MAX_BYTES {
+            return Err(ConfigError::TooLong(json.len()));
+        }
+        let config: MachineConfig = serde_json::from_slice(json).map_err(ConfigError::Json)?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// The JSON that [`MachineConfig::from_json`] reads back.
+    ///
+    /// # Errors
+    /// A configuration that the VMM would refuse is refused here already.
+    pub fn to_json(&self) -> Result<Vec<u8>, ConfigError> {
+        self.check()?;
+        let json = serde_json::to_vec(self).map_err(ConfigError::Json)?;
+        if json.len() > CONFIG_MAX_BYTES {
+            return Err(ConfigError::TooLong(json.len()));
+        }
+        Ok(json)
+    }
+
+    /// Every inherited fd that the configuration names, in no particular order.
+    pub fn fds(&self) -> Vec<FdNumber> {
+        let mut fds = vec![self.kernel_fd];
+        fds.extend(self.initramfs_fd);
+        fds.extend(self.vsock.as_ref().map(|vsock| vsock.owner_fd));
+        fds.extend(self.shares.iter().map(|share| share.tree_fd));
+        fds.extend(self.serial.map(|serial| serial.fd));
+        fds.extend(self.report_fd);
+        fds
+    }
+
+    fn check(&self) -> Result<(), ConfigError> {
+        if self.version != CONFIG_VERSION {
+            return Err(ConfigError::Version(self.version));
+        }
+        if !is_id(&self.id) {
+            return Err(ConfigError::Id(self.id.clone()));
+        }
+        if self.cmdline.len() > CMDLINE_MAX_BYTES
+            || !self.cmdline.bytes().all(|b| (b' '..=b'~').contains(&b))
+        {
+            return Err(ConfigError::Cmdline);
+        }
+        self.check_vsock()?;
+        self.check_shares()?;
+        if self.jail.uid == 0 || self.jail.gid == 0 {
+            return Err(ConfigError::JailRoot);
+        }
+        let mut seen = BTreeSet::new();
+        match self.fds().into_iter().find(|fd| !seen.insert(*fd)) {
+            Some(fd) => Err(ConfigError::FdTwice(fd)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_vsock(&self) -> Result<(), ConfigError> {
+        let Some(vsock) = &self.vsock else {
+            return Ok(());
+        };
+        at_most("guest_may_dial", vsock.guest_may_dial.len(), GUEST_DIAL_MAX)?;
+        let mut ports = BTreeSet::new();
+        match vsock
+            .guest_may_dial
+            .iter()
+            .find(|dial| !ports.insert(dial.port))
+        {
+            Some(dial) => Err(ConfigError::PortTwice(dial.port)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_shares(&self) -> Result<(), ConfigError> {
+        at_most("shares", self.shares.len(), SHARES_MAX)?;
+        let mut tags = BTreeSet::new();
+        for share in &self.shares {
+            let tag = share.tag.as_str();
+            if tag.is_empty() || tag.len() > 36 || tag.contains('\0') || !tags.insert(tag) {
+                return Err(ConfigError::Tag(share.tag.clone()));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), ConfigError> {
+    if count > max {
+        return Err(ConfigError::TooMany { what, count, max });
+    }
+    Ok(())
+}
+
+/// The alphabet of VM, container and exec ids: 1 to 64 characters of `[A-Za-z0-9_.-]`, not `.` or `..`
+/// (ids become file names on both sides).
+pub fn is_id(id: &str) -> bool {
+    (1..=64).contains(&id.len())
+        && id != "."
+        && id != ".."
+        && id
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'.' | b'-'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn example() -> MachineConfig {
+        MachineConfig::from_json(
+            br#"{"version":1,"id":"pod-1","cpus":2,"memory_mib":128,"kernel_fd":3,"initramfs_fd":4,
+                "vsock":{"owner_fd":5,"guest_may_dial":[{"port":1024,"connections":1}]},
+                "shares":[{"tag":"capsid","tree_fd":6}],"jail":{"uid":1000,"gid":1000}}"#,
+        )
+        .expect("the example is valid")
+    }
+
+    fn refused(change: impl FnOnce(&mut MachineConfig)) -> String {
+        let mut config = example();
+        change(&mut config);
+        config.to_json().expect_err("must be refused").to_string()
+    }
+
+    #[test]
+    fn the_example_reads_back() {
+        let json = example().to_json().expect("valid");
+        assert_eq!(MachineConfig::from_json(&json).expect("valid"), example());
+    }
+
+    #[test]
+    fn an_unknown_field_is_refused_by_name() {
+        let json = br#"{"version":1,"id":"a","cpus":1,"memory_mib":64,"kernel_fd":3,
+            "jail":{"uid":1,"gid":1},"kernel_path":"/boot"}"#;
+        let error = MachineConfig::from_json(json).expect_err("unknown field");
+        let source = std::error::Error::source(&error)
+            .expect("has a cause")
+            .to_string();
+        assert!(source.contains("kernel_path"), "{source}");
+    }
+
+    #[test]
+    fn numbers_out_of_range_are_refused() {
+        for (field, value) in [
+            ("cpus", "0"),
+            ("cpus", "33"),
+            ("memory_mib", "63"),
+            ("memory_mib", "524289"),
+            ("kernel_fd", "2"),
+        ] {
+            let json = format!(
+                r#"{{"version":1,"id":"a","cpus":{},"memory_mib":{},"kernel_fd":{},"jail":{{"uid":1,"gid":1}}}}"#,
+                if field == "cpus" { value } else { "1" },
+                if field == "memory_mib" { value } else { "64" },
+                if field == "kernel_fd" { value } else { "3" },
+            );
+            assert!(
+                MachineConfig::from_json(json.as_bytes()).is_err(),
+                "{field} {value}"
+            );
+        }
+    }
+
+    #[test]
+    fn one_fd_for_two_things_is_refused() {
+        assert_eq!(
+            refused(|c| c.initramfs_fd = Some(c.kernel_fd)),
+            "fd 3 is named twice"
+        );
+    }
+
+    #[test]
+    fn a_jail_that_keeps_root_is_refused() {
+        assert_eq!(
+            refused(|c| c.jail.uid = 0),
+            "jail uid and gid must not be 0"
+        );
+    }
+
+    #[test]
+    fn an_id_that_is_a_path_is_refused() {
+        assert!(refused(|c| c.id = "../x".into()).contains("is not 1 to 64"));
+        assert!(refused(|c| c.id = "..".into()).contains("is not 1 to 64"));
+    }
+
+    #[test]
+    fn a_command_line_with_a_newline_is_refused() {
+        assert!(refused(|c| c.cmdline = "quiet\ninit=/bin/sh".into()).contains("command line"));
+    }
+
+    #[test]
+    fn a_tag_used_twice_is_refused() {
+        assert!(
+            refused(|c| c.shares.push(ShareConfig {
+                tag: "capsid".into(),
+                tree_fd: FdNumber(9)
+            }))
+            .contains("used twice")
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_parsed_or_refused(json: Vec<u8>) {
+            let _either = MachineConfig::from_json(&json);
+        }
+    }
+}

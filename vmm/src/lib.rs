@@ -1,0 +1,1 @@
+//! One microVM: KVM, memory, boot, event loop, jail.
