@@ -1,0 +1,270 @@
+//! Runs `capsid` with a deadline and gives back everything it said.
+
+use std::ffi::OsStr;
+use std::io::{Read, Write};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Longest run of one `capsid` in a test, in seconds. An emulated host is some twenty times slower than a
+/// real one; a test that needs this long is hung.
+pub const RUN_TIMEOUT_S: u64 = 240;
+
+/// The busybox image, a docker-archive.
+///
+/// # Panics
+/// `CAPSID_TEST_IMAGE` is not set or names no file.
+pub fn image() -> PathBuf {
+    let path = std::env::var_os("CAPSID_TEST_IMAGE")
+        .map(PathBuf::from)
+        .expect("CAPSID_TEST_IMAGE names the busybox image; `cargo xtask test` sets it");
+    assert!(
+        path.exists(),
+        "CAPSID_TEST_IMAGE: {} does not exist",
+        path.display()
+    );
+    path
+}
+
+/// A `capsid` command in the making.
+pub struct Run {
+    command: Command,
+    stdin: Option<Vec<u8>>,
+}
+
+/// How a run ended.
+#[derive(Debug)]
+pub struct Ended {
+    /// The exit code of `capsid`; 128 + n if a signal ended it.
+    pub code: i32,
+    /// Its standard output.
+    pub stdout: Vec<u8>,
+    /// Its standard error, as text.
+    pub stderr: String,
+    /// Wall time.
+    pub took: Duration,
+}
+
+impl Ended {
+    /// Standard output as text.
+    pub fn text(&self) -> String {
+        String::from_utf8_lossy(&self.stdout).into_owned()
+    }
+
+    /// Asserts the exit code, showing everything else if it is another.
+    ///
+    /// # Panics
+    /// The code is another.
+    #[track_caller]
+    pub fn exits(&self, code: i32) -> &Ended {
+        assert_eq!(
+            self.code,
+            code,
+            "after {:?}\nstdout: {}\nstderr: {}",
+            self.took,
+            self.text(),
+            self.stderr
+        );
+        self
+    }
+
+    /// Asserts that `capsid` gave up with its own code and said so in one line that has each of `words`.
+    ///
+    /// # Panics
+    /// It did not.
+    #[track_caller]
+    pub fn refuses(&self, code: i32, words: &[&str]) {
+        self.exits(code);
+        let lines: Vec<&str> = self
+            .stderr
+            .lines()
+            .filter(|line| !line.is_empty())
+            .collect();
+        assert_eq!(lines.len(), 1, "expected one line, got: {}", self.stderr);
+        for word in words {
+            assert!(
+                self.stderr.contains(word),
+                "expected {word:?} in: {}",
+                self.stderr
+            );
+        }
+    }
+}
+
+/// `capsid` with arguments as given.
+pub fn capsid<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Run {
+    let mut command = Command::new("capsid");
+    command.args(args);
+    Run {
+        command,
+        stdin: None,
+    }
+}
+
+/// `capsid run --image <busybox> FLAGS -- COMMAND`.
+pub fn run(flags: &[&str], command: &[&str]) -> Run {
+    let image = image();
+    let mut run = capsid([OsStr::new("run"), OsStr::new("--image"), image.as_os_str()]);
+    run.command.args(flags).arg("--").args(command);
+    run
+}
+
+/// `capsid run FLAGS -- sh -c SCRIPT`.
+pub fn sh(flags: &[&str], script: &str) -> Run {
+    run(flags, &["sh", "-c", script])
+}
+
+impl Run {
+    /// Gives it these bytes on standard input.
+    #[must_use]
+    pub fn stdin(mut self, bytes: Vec<u8>) -> Run {
+        self.stdin = Some(bytes);
+        self
+    }
+
+    /// Sets an environment variable of `capsid` itself.
+    #[must_use]
+    pub fn env(mut self, name: &str, value: impl AsRef<OsStr>) -> Run {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Starts it with all three streams as pipes.
+    ///
+    /// # Panics
+    /// `capsid` is not on PATH.
+    pub fn start(mut self) -> Running {
+        self.command
+            .stdin(if self.stdin.is_some() {
+                Stdio::piped()
+            } else {
+                Stdio::null()
+            })
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = self.command.spawn().expect("capsid is on PATH");
+        if let (Some(bytes), Some(mut pipe)) = (self.stdin, child.stdin.take()) {
+            // A container that does not read its input closes the pipe; that is its right.
+            thread::spawn(move || drop(pipe.write_all(&bytes)));
+        }
+        let stdout = collect(child.stdout.take().expect("piped"));
+        let stderr = collect(child.stderr.take().expect("piped"));
+        Running {
+            child,
+            stdout,
+            stderr,
+            since: Instant::now(),
+        }
+    }
+
+    /// Runs it to its end.
+    ///
+    /// # Panics
+    /// It does not end within [`RUN_TIMEOUT_S`].
+    pub fn wait(self) -> Ended {
+        self.start().wait()
+    }
+}
+
+/// A `capsid` that runs.
+pub struct Running {
+    child: Child,
+    stdout: mpsc::Receiver<Vec<u8>>,
+    stderr: mpsc::Receiver<Vec<u8>>,
+    since: Instant,
+}
+
+impl Running {
+    /// Process id of `capsid`.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid is positive")
+    }
+
+    /// Closes our end of its standard output; gives back what had come and was not taken.
+    pub fn close_output(&mut self) -> Vec<u8> {
+        let (_none, closed) = mpsc::channel();
+        std::mem::replace(&mut self.stdout, closed)
+            .try_iter()
+            .flatten()
+            .collect()
+    }
+
+    /// Waits until the bytes `mark` have come on standard output.
+    ///
+    /// # Panics
+    /// They do not come within [`RUN_TIMEOUT_S`], or output ends first.
+    #[track_caller]
+    pub fn until(&mut self, mark: &str) -> Vec<u8> {
+        let deadline = self.since + Duration::from_secs(RUN_TIMEOUT_S);
+        let mut seen = Vec::new();
+        while !String::from_utf8_lossy(&seen).contains(mark) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match self.stdout.recv_timeout(left) {
+                Ok(bytes) => seen.extend(bytes),
+                Err(_) => panic!(
+                    "{mark:?} did not come; stdout: {:?}, stderr: {:?}",
+                    String::from_utf8_lossy(&seen),
+                    String::from_utf8_lossy(&self.stderr.try_iter().flatten().collect::<Vec<u8>>())
+                ),
+            }
+        }
+        seen
+    }
+
+    /// Waits for the end; the output is what `until` has not taken.
+    ///
+    /// # Panics
+    /// It does not end within [`RUN_TIMEOUT_S`].
+    #[track_caller]
+    pub fn wait(mut self) -> Ended {
+        let (done, ended) = mpsc::channel();
+        let pid = self.pid();
+        let watch = thread::spawn(move || {
+            if ended
+                .recv_timeout(Duration::from_secs(RUN_TIMEOUT_S))
+                .is_err()
+            {
+                let _gone = nix::sys::signal::kill(
+                    nix::unistd::Pid::from_raw(pid),
+                    nix::sys::signal::Signal::SIGKILL,
+                );
+                true
+            } else {
+                false
+            }
+        });
+        let stdout: Vec<u8> = self.stdout.iter().flatten().collect();
+        let stderr: Vec<u8> = self.stderr.iter().flatten().collect();
+        let status = self.child.wait().expect("our own child");
+        done.send(()).ok();
+        let stderr = String::from_utf8_lossy(&stderr).into_owned();
+        assert!(
+            !watch.join().expect("the watch does not panic"),
+            "capsid did not end within {RUN_TIMEOUT_S} s; stderr: {stderr}"
+        );
+        Ended {
+            code: status
+                .code()
+                .unwrap_or_else(|| 128 + status.signal().expect("a code or a signal")),
+            stdout,
+            stderr,
+            took: self.since.elapsed(),
+        }
+    }
+}
+
+fn collect(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        let mut buffer = vec![0; 64 * 1024];
+        while let Ok(count @ 1..) = pipe.read(&mut buffer) {
+            if sender.send(buffer[..count].to_vec()).is_err() {
+                return;
+            }
+        }
+    });
+    receiver
+}

@@ -1,0 +1,20 @@
+//! The whole system, seen from outside: one binary, so that it can be carried to the host under test.
+//!
+//! Each test boots VMs of its own. Run them one at a time (`--test-threads=1`): the ledger counts the host.
+
+#[path = "system/exits.rs"]
+mod exits;
+#[path = "system/faults.rs"]
+mod faults;
+#[path = "system/leaks.rs"]
+mod leaks;
+#[path = "system/refusals.rs"]
+mod refusals;
+#[path = "system/run.rs"]
+mod run;
+#[path = "system/streams.rs"]
+mod streams;
+#[path = "system/tty.rs"]
+mod tty;
+#[path = "system/volumes.rs"]
+mod volumes;

@@ -1,0 +1,109 @@
+//! What dies is reported as what it was, and leaves nothing.
+
+use capsid_tests::bundle::{Scratch, privileged_spec, write};
+use capsid_tests::capsid::{Running, capsid, sh};
+use capsid_tests::ledger::Ledger;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use std::fs;
+
+/// The VMM of a running `capsid`: its child by that name.
+fn vmm_of(running: &Running) -> Pid {
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
+            continue;
+        };
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let Some((_, after_comm)) = stat.rsplit_once(") ") else {
+            continue;
+        };
+        let parent = after_comm
+            .split(' ')
+            .nth(1)
+            .and_then(|ppid| ppid.parse().ok());
+        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
+        if parent == Some(running.pid()) && name.starts_with("capsid-vmm") {
+            return Pid::from_raw(pid);
+        }
+    }
+    panic!("capsid {} has no VMM", running.pid());
+}
+
+#[test]
+fn a_vmm_killed_by_9_ends_the_run_with_137_and_says_so() {
+    let before = Ledger::now();
+    let mut running = sh(&[], "echo up; sleep 1000").start();
+    running.until("up");
+    kill(vmm_of(&running), Signal::SIGKILL).expect("the VMM runs");
+    running.wait().refuses(137, &["VMM", "signal 9"]);
+    before.balances();
+}
+
+#[test]
+fn a_vmm_told_to_stop_stops_in_good_order() {
+    let before = Ledger::now();
+    let mut running = sh(&[], "echo up; sleep 1000").start();
+    running.until("up");
+    kill(vmm_of(&running), Signal::SIGTERM).expect("the VMM runs");
+    let ended = running.wait();
+    assert_ne!(ended.code, 0, "{}", ended.stderr);
+    before.balances();
+}
+
+/// A bundle whose container runs `script` with every privilege in its guest.
+fn privileged(name: &str, script: &str) -> (Scratch, Running) {
+    let scratch = Scratch::new(name);
+    write(scratch.path(), &privileged_spec(script));
+    let running = capsid(["run", "--bundle", scratch.path().to_str().expect("utf-8")]).start();
+    (scratch, running)
+}
+
+#[test]
+fn a_guest_kernel_panic_is_255_with_the_reason_and_the_console() {
+    let before = Ledger::now();
+    let (scratch, running) = privileged("panic", "echo c > /proc/sysrq-trigger; sleep 1000");
+    let ended = running.wait();
+    ended.exits(255);
+    assert!(ended.stderr.contains("panic"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("sysrq"),
+        "the console's last lines are shown: {}",
+        ended.stderr
+    );
+    drop(scratch);
+    before.balances();
+}
+
+#[test]
+fn an_agent_that_dies_is_255_with_the_reason() {
+    let before = Ledger::now();
+    // PID 1 cannot be killed by a signal from inside; its own text overwritten by zeros can kill it.
+    let script = "a=$(grep -m1 r-xp /proc/1/maps); from=$((0x${a%%-*})); b=${a#*-}; to=$((0x${b%% *})); \
+                  dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((from/4096)) count=$(((to-from)/4096)) conv=notrunc 2>/dev/null; \
+                  sleep 1000";
+    let (scratch, running) = privileged("agent", script);
+    let ended = running.wait();
+    ended.exits(255);
+    assert!(ended.stderr.contains("panic"), "{}", ended.stderr);
+    drop(scratch);
+    before.balances();
+}
+
+#[test]
+fn a_guest_that_reboots_itself_is_not_a_success() {
+    let before = Ledger::now();
+    let (scratch, running) = privileged("reboot", "echo b > /proc/sysrq-trigger; sleep 1000");
+    let ended = running.wait();
+    ended.exits(255);
+    assert!(ended.stderr.contains("reset"), "{}", ended.stderr);
+    drop(scratch);
+    before.balances();
+}
+
+#[test]
+fn a_container_out_of_memory_is_killed_and_says_137() {
+    let before = Ledger::now();
+    let ended = sh(&["--memory", "128M"], "tail /dev/zero").wait();
+    assert_eq!(ended.code, 137, "{}", ended.stderr);
+    before.balances();
+}

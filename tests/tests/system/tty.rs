@@ -1,0 +1,62 @@
+//! A terminal session, as a person has it.
+
+use capsid_tests::capsid::image;
+use capsid_tests::pty::Session;
+
+fn shell(rows: u16, columns: u16) -> Session {
+    let image = image();
+    let image = image.to_str().expect("utf-8");
+    // The mark is written so that the echo of the command line itself does not contain it.
+    Session::start(
+        &[
+            "run",
+            "-it",
+            "--image",
+            image,
+            "--",
+            "sh",
+            "-c",
+            "echo u''p; exec sh",
+        ],
+        rows,
+        columns,
+    )
+}
+
+#[test]
+fn a_shell_has_the_terminal_s_size_and_follows_it() {
+    let mut session = shell(33, 99);
+    session.sees("up");
+    session.types("stty size; test -t 0 && test -t 1 && test -t 2 && echo all-t''ty\n");
+    session.sees("33 99");
+    session.sees("all-tty");
+    session.resize(44, 111);
+    // The signal travels beside the keys: the shell is asked until it has seen the new size.
+    session.types("while [ \"$(stty size)\" != '44 111' ]; do :; done; echo re''sized\n");
+    session.sees("resized");
+    session.types("exit 6\n");
+    assert_eq!(session.ends(), 6);
+}
+
+#[test]
+fn ctrl_c_interrupts_the_command_and_not_the_shell() {
+    let mut session = shell(24, 80);
+    session.sees("up");
+    session.types("trap 'echo in''t' INT; echo re''ady; sleep 1000; echo st''ill here\n");
+    session.sees("ready");
+    session.types("\u{3}");
+    session.sees("int");
+    session.types("exit 0\n");
+    session.ends();
+}
+
+#[test]
+fn the_terminal_s_modes_are_restored() {
+    let mut session = shell(24, 80);
+    session.sees("up");
+    let raw = session.modes();
+    assert!(raw.contains("-icanon"), "raw while it runs: {raw}");
+    session.types("exit 0\n");
+    session.sees("exit 0");
+    assert_eq!(session.ends_with_modes("icanon"), 0);
+}

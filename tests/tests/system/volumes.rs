@@ -1,0 +1,162 @@
+//! Files through the share: true in both directions, and read-only means it.
+
+use capsid_tests::bundle::Scratch;
+use capsid_tests::capsid::{run, sh};
+use std::fs;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::process::Command;
+
+/// Files in the directory that is listed and read whole.
+const MANY_FILES: usize = 100_000;
+
+#[test]
+fn a_volume_is_written_through_with_owner_and_mode() {
+    let scratch = Scratch::new("rw");
+    fs::write(scratch.path().join("from-host"), "hello").expect("write");
+    let volume = format!("{}:/data", scratch.path().display());
+    let ended = sh(
+        &["-v", &volume],
+        "cat /data/from-host && echo there > /data/from-guest && chown 1234:567 /data/from-guest && \
+         chmod 4750 /data/from-guest && mkdir /data/dir && ln -s from-host /data/link && mv /data/link /data/dir/",
+    )
+    .wait();
+    ended.exits(0);
+    assert_eq!(ended.text(), "hello");
+    let made = fs::metadata(scratch.path().join("from-guest")).expect("made by the guest");
+    assert_eq!(
+        (made.uid(), made.gid(), made.permissions().mode() & 0o7777),
+        (1234, 567, 0o4750)
+    );
+    assert_eq!(
+        fs::read_link(scratch.path().join("dir/link"))
+            .expect("a link")
+            .to_str(),
+        Some("from-host")
+    );
+}
+
+#[test]
+fn owners_of_the_host_s_files_are_seen_and_obeyed() {
+    let scratch = Scratch::new("owner");
+    let file = scratch.path().join("private");
+    fs::write(&file, "secret").expect("write");
+    chown(&file, Some(4321), Some(4321)).expect("root");
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let volume = format!("{}:/data", scratch.path().display());
+    let ended = run(
+        &["-v", &volume],
+        &["stat", "-c", "%u:%g %a", "/data/private"],
+    )
+    .wait();
+    ended.exits(0);
+    assert_eq!(ended.text(), "4321:4321 600\n");
+    run(
+        &["-v", &volume, "-u", "1000:1000"],
+        &["cat", "/data/private"],
+    )
+    .wait()
+    .exits(1);
+    run(
+        &["-v", &volume, "-u", "4321:4321"],
+        &["cat", "/data/private"],
+    )
+    .wait()
+    .exits(0);
+}
+
+#[test]
+fn a_read_only_volume_cannot_be_written_and_is_unchanged() {
+    let scratch = Scratch::new("ro");
+    fs::write(scratch.path().join("kept"), "as it was").expect("write");
+    let volume = format!("{}:/data:ro", scratch.path().display());
+    let ended = sh(
+        &["-v", &volume],
+        "cat /data/kept; echo x > /data/kept; echo x > /data/new; rm /data/kept; chmod 777 /data/kept; mkdir /data/d; false",
+    )
+    .wait();
+    ended.exits(1);
+    assert_eq!(ended.text(), "as it was");
+    assert_eq!(
+        ended.stderr.matches("Read-only file system").count(),
+        5,
+        "{}",
+        ended.stderr
+    );
+    assert_eq!(
+        fs::read_to_string(scratch.path().join("kept")).expect("kept"),
+        "as it was"
+    );
+    assert_eq!(fs::read_dir(scratch.path()).expect("dir").count(), 1);
+}
+
+#[test]
+fn a_single_file_is_a_volume_too() {
+    let scratch = Scratch::new("file");
+    let file = scratch.path().join("one");
+    fs::write(&file, "one file\n").expect("write");
+    let volume = format!("{}:/etc/one.conf", file.display());
+    let ended = sh(
+        &["-v", &volume],
+        "cat /etc/one.conf; echo two >> /etc/one.conf",
+    )
+    .wait();
+    ended.exits(0);
+    assert_eq!(ended.text(), "one file\n");
+    assert_eq!(fs::read_to_string(&file).expect("there"), "one file\ntwo\n");
+}
+
+#[test]
+fn extended_attributes_are_kept() {
+    let scratch = Scratch::new("xattr");
+    let file = scratch.path().join("tagged");
+    fs::write(&file, "x").expect("write");
+    let set = Command::new("setfattr")
+        .args(["-n", "user.colour", "-v", "blue"])
+        .arg(&file)
+        .status()
+        .expect("setfattr (Debian package attr) is on this host");
+    assert!(set.success());
+    let volume = format!("{}:/data", scratch.path().display());
+    // busybox has no getfattr: `cp -a` in the guest copies what it can read, and the host looks.
+    let ended = sh(
+        &["-v", &volume],
+        "cp -a /data/tagged /data/copy && mv /data/tagged /data/moved",
+    )
+    .wait();
+    ended.exits(0);
+    let get = Command::new("getfattr")
+        .args(["--only-values", "-n", "user.colour"])
+        .arg(scratch.path().join("moved"))
+        .output()
+        .expect("getfattr");
+    assert_eq!(String::from_utf8_lossy(&get.stdout), "blue");
+}
+
+#[test]
+fn a_hundred_thousand_files_are_listed_and_read() {
+    let scratch = Scratch::new("many");
+    for index in 0..MANY_FILES {
+        if index % 1000 == 0 {
+            fs::create_dir(scratch.path().join(format!("{}", index / 1000))).expect("mkdir");
+        }
+        fs::write(
+            scratch.path().join(format!("{}/{index}", index / 1000)),
+            "0123456789",
+        )
+        .expect("write");
+    }
+    let volume = format!("{}:/data:ro", scratch.path().display());
+    let ended = sh(
+        &["-v", &volume],
+        "find /data -type f | wc -l; cat /data/*/* | wc -c",
+    )
+    .wait();
+    ended.exits(0);
+    let text = ended.text();
+    let counts: Vec<usize> = text
+        .split_whitespace()
+        .filter_map(|count| count.parse().ok())
+        .collect();
+    assert_eq!(counts, [MANY_FILES, MANY_FILES * 10]);
+    println!("{MANY_FILES} files listed and read in {:?}", ended.took);
+}
