@@ -3,6 +3,12 @@
 //!
 //! The loop is level-triggered. A subscriber must take away the reason of each event or change its interest,
 //! so that the loop never spins on what the guest does or leaves undone.
+//!
+//! [`Poller`] is the one implementation: the VMM runs it on its event-loop thread, the tests turn it by hand.
+
+mod poller;
+
+pub use poller::{Poller, WATCHES_PER_TURN};
 
 use std::os::fd::RawFd;
 use std::sync::{Arc, Mutex};
