@@ -1,0 +1,567 @@
+//! The cache of what takes long to make: guest kernel, testbed image, saved testbed, tools.
+//!
+//! An entry is a directory `ROOT/KIND/KEY`, where the key is the SHA-256 of everything that made it. It is built in a
+//! sibling `KEY.tmp` under a lock of its own, flushed, then renamed: what has the final name is whole, however the build or
+//! the machine ended. Two runs at once wait for each other; what a killed run left is removed by the next build of that kind.
+//! Trusts whoever may write below ROOT (by default root alone).
+
+use std::error::Error;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{FlockOperation, flock};
+use sha2::{Digest, Sha256};
+
+use crate::interrupt;
+
+/// Where the cache is, unless this names another directory.
+pub const ROOT_VARIABLE: &str = "CAPSID_CACHE";
+const ROOT_DEFAULT: &str = "/var/cache/capsid";
+/// File contents are hashed in pieces of this size.
+const HASH_PIECE_BYTES: usize = 1 << 20;
+
+/// Why an entry is not there.
+#[derive(Debug, thiserror::Error)]
+pub enum CacheError {
+    /// The file system said no.
+    #[error("{doing} {}", path.display())]
+    Io {
+        /// What we were doing, e.g. `creating`.
+        doing: &'static str,
+        /// To what.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+    /// The disk is full. Nothing is left of the entry.
+    #[error("the disk of the cache {} is full: free some space, or set {ROOT_VARIABLE} to a directory on another disk", root.display())]
+    Full {
+        /// The cache's root.
+        root: PathBuf,
+    },
+    /// The cache's root cannot be written.
+    #[error("the cache {} cannot be written: run as root, or set {ROOT_VARIABLE} to a directory of your own", root.display())]
+    NotAllowed {
+        /// The cache's root.
+        root: PathBuf,
+        /// What the kernel said.
+        #[source]
+        cause: io::Error,
+    },
+    /// The build itself failed. Nothing is left of the entry.
+    #[error("building {kind}")]
+    Build {
+        /// What was being built.
+        kind: String,
+        /// Why it failed.
+        #[source]
+        cause: Box<dyn Error>,
+    },
+}
+
+/// The cache.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+impl Cache {
+    /// Opens the cache that the environment names, making it where it is not there yet.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn open() -> Result<Self, CacheError> {
+        let root = std::env::var_os(ROOT_VARIABLE).filter(|value| !value.is_empty());
+        Self::at(root.as_ref().map_or(Path::new(ROOT_DEFAULT), Path::new))
+    }
+
+    /// Opens the cache at a given place.
+    ///
+    /// # Errors
+    /// It cannot be made.
+    pub fn at(root: &Path) -> Result<Self, CacheError> {
+        let root = std::path::absolute(root).map_err(io_error("finding", root))?;
+        match std::fs::create_dir_all(&root) {
+            Ok(()) => Ok(Self { root }),
+            Err(cause) => Err(refusal(&root, cause, "creating")),
+        }
+    }
+
+    /// Where the cache is.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The entry, if it is there.
+    pub fn get(&self, kind: &str, key: &Key) -> Option<PathBuf> {
+        let entry = self.root.join(kind).join(key.as_str());
+        entry.is_dir().then_some(entry)
+    }
+
+    /// The entry; built by `build` into the directory it is given, if it is not there.
+    ///
+    /// # Errors
+    /// The build failed, the disk is full, or the file system refused; nothing is left then.
+    pub fn get_or_build(
+        &self,
+        kind: &str,
+        key: &Key,
+        build: impl FnOnce(&Path) -> Result<(), Box<dyn Error>>,
+    ) -> Result<PathBuf, CacheError> {
+        if let Some(entry) = self.get(kind, key) {
+            return Ok(entry);
+        }
+        let room = self.root.join(kind);
+        std::fs::create_dir_all(&room).map_err(|cause| refusal(&self.root, cause, "creating"))?;
+        let _lock = Lock::wait(&room.join(format!("{}.lock", key.as_str())))
+            .map_err(|cause| refusal(&self.root, cause, "locking"))?;
+        // Another run may have built it while we waited.
+        if let Some(entry) = self.get(kind, key) {
+            return Ok(entry);
+        }
+        remove_stale(&room, key)?;
+        let temporary = Temporary::create(room.join(format!("{}.tmp", key.as_str())))
+            .map_err(|cause| refusal(&self.root, cause, "creating"))?;
+        if let Err(cause) = build(&temporary.path) {
+            return Err(if is_full(cause.as_ref()) || self.has_no_space() {
+                CacheError::Full {
+                    root: self.root.clone(),
+                }
+            } else {
+                CacheError::Build {
+                    kind: kind.to_owned(),
+                    cause,
+                }
+            });
+        }
+        flush(&temporary.path).map_err(|cause| refusal(&self.root, cause, "flushing"))?;
+        let entry = room.join(key.as_str());
+        std::fs::rename(&temporary.path, &entry).map_err(io_error("renaming to", &entry))?;
+        File::open(&room)
+            .and_then(|dir| dir.sync_all())
+            .map_err(io_error("flushing", &room))?;
+        Ok(entry)
+    }
+
+    /// A program that fails on a full disk says so only in its own words; the file system's word is what counts.
+    fn has_no_space(&self) -> bool {
+        rustix::fs::statvfs(&self.root)
+            .is_ok_and(|fs| fs.f_bavail * fs.f_frsize < FULL_BYTES || fs.f_favail == 0)
+    }
+}
+
+/// Below this much free space a failed build is told as a full disk.
+const FULL_BYTES: u64 = 1 << 20;
+
+/// An exclusive lock on a file, released by dropping it.
+#[derive(Debug)]
+pub struct Lock {
+    _file: File,
+}
+
+impl Lock {
+    /// Waits for the lock. The lock file stays: removing it would let two holders in.
+    ///
+    /// # Errors
+    /// It cannot be made or locked.
+    pub fn wait(path: &Path) -> io::Result<Self> {
+        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        flock(&file, FlockOperation::LockExclusive)?;
+        Ok(Self { _file: file })
+    }
+
+    fn try_now(path: &Path) -> io::Result<Option<Self>> {
+        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => Ok(Some(Self { _file: file })),
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}
+
+/// A directory that is removed again, unless it was renamed away.
+struct Temporary {
+    path: PathBuf,
+    _undone: interrupt::Undone,
+}
+
+impl Temporary {
+    fn create(path: PathBuf) -> io::Result<Self> {
+        let undone = interrupt::remove(path.clone());
+        std::fs::create_dir(&path)?;
+        Ok(Self {
+            path,
+            _undone: undone,
+        })
+    }
+}
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        match std::fs::remove_dir_all(&self.path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => eprintln!(
+                "xtask: removing {}: {error}; the next build will try again",
+                self.path.display()
+            ),
+        }
+    }
+}
+
+/// Removes the temporaries of this kind whose builder is dead: our own key's, as we hold its lock, and those with a free lock.
+fn remove_stale(room: &Path, ours: &Key) -> Result<(), CacheError> {
+    let entries = std::fs::read_dir(room).map_err(io_error("reading", room))?;
+    for entry in entries {
+        let path = entry.map_err(io_error("reading", room))?.path();
+        if path.extension() != Some("tmp".as_ref()) {
+            continue;
+        }
+        let lock_path = path.with_extension("lock");
+        let free = path.file_stem() == Some(ours.as_str().as_ref())
+            || Lock::try_now(&lock_path)
+                .map_err(io_error("locking", &lock_path))?
+                .is_some();
+        if free {
+            std::fs::remove_dir_all(&path).map_err(io_error("removing", &path))?;
+        }
+    }
+    Ok(())
+}
+
+/// Flushes every file and directory below `path`, then `path`.
+fn flush(path: &Path) -> io::Result<()> {
+    let kind = std::fs::symlink_metadata(path)?.file_type();
+    if kind.is_dir() {
+        for entry in std::fs::read_dir(path)? {
+            flush(&entry?.path())?;
+        }
+    }
+    if kind.is_dir() || kind.is_file() {
+        File::open(path)?.sync_all()?;
+    }
+    Ok(())
+}
+
+fn io_error<'a>(doing: &'static str, path: &'a Path) -> impl Fn(io::Error) -> CacheError + 'a {
+    move |cause| CacheError::Io {
+        doing,
+        path: path.to_owned(),
+        cause,
+    }
+}
+
+fn refusal(root: &Path, cause: io::Error, doing: &'static str) -> CacheError {
+    match cause.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => CacheError::Full {
+            root: root.to_owned(),
+        },
+        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+            CacheError::NotAllowed {
+                root: root.to_owned(),
+                cause,
+            }
+        }
+        _ => CacheError::Io {
+            doing,
+            path: root.to_owned(),
+            cause,
+        },
+    }
+}
+
+fn is_full(error: &(dyn Error + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>() {
+            if matches!(
+                io.kind(),
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+            ) {
+                return true;
+            }
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// The name of an entry: the SHA-256, in hex, of everything that made it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Key(String);
+
+impl Key {
+    /// Starts one.
+    pub fn builder() -> KeyBuilder {
+        KeyBuilder {
+            hash: Sha256::new(),
+        }
+    }
+
+    /// The hex digits.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// Gathers what makes an entry. Each part is hashed with its length in front, so that parts cannot run into each other.
+#[derive(Debug, Clone)]
+pub struct KeyBuilder {
+    hash: Sha256,
+}
+
+impl KeyBuilder {
+    /// A piece of text or bytes, such as a command line or a version.
+    #[must_use]
+    pub fn bytes(mut self, part: impl AsRef<[u8]>) -> Self {
+        self.add(part.as_ref());
+        self
+    }
+
+    /// A file's contents, not its name.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn file(mut self, path: &Path) -> Result<Self, CacheError> {
+        self.add_file(path).map_err(io_error("reading", path))?;
+        Ok(self)
+    }
+
+    /// A directory: the names, kinds, modes and contents of everything below it.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn dir(mut self, path: &Path) -> Result<Self, CacheError> {
+        self.add_dir(path).map_err(io_error("reading", path))?;
+        Ok(self)
+    }
+
+    /// The key.
+    pub fn finish(self) -> Key {
+        Key(self
+            .hash
+            .finalize()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect())
+    }
+
+    fn add(&mut self, part: &[u8]) {
+        self.hash.update((part.len() as u64).to_le_bytes());
+        self.hash.update(part);
+    }
+
+    fn add_file(&mut self, path: &Path) -> io::Result<()> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        self.hash.update(length.to_le_bytes());
+        let mut piece = vec![0; HASH_PIECE_BYTES];
+        let mut total = 0;
+        loop {
+            let read = file.read(&mut piece)?;
+            if read == 0 {
+                break;
+            }
+            total += read as u64;
+            self.hash.update(piece.get(..read).unwrap_or_default());
+        }
+        if total == length {
+            Ok(())
+        } else {
+            Err(io::Error::other("the file changed while it was read"))
+        }
+    }
+
+    fn add_dir(&mut self, path: &Path) -> io::Result<()> {
+        let mut names = std::fs::read_dir(path)?
+            .map(|entry| entry.map(|entry| entry.file_name()))
+            .collect::<io::Result<Vec<_>>>()?;
+        names.sort();
+        self.add(&(names.len() as u64).to_le_bytes());
+        for name in names {
+            let path = path.join(&name);
+            let metadata = std::fs::symlink_metadata(&path)?;
+            self.add(name.as_bytes());
+            self.add(&metadata.permissions().mode().to_le_bytes());
+            if metadata.is_dir() {
+                self.add_dir(&path)?;
+            } else if metadata.is_symlink() {
+                self.add(std::fs::read_link(&path)?.as_os_str().as_bytes());
+            } else if metadata.is_file() {
+                self.add_file(&path)?;
+            } else {
+                self.add(&metadata.rdev().to_le_bytes());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// A cache in a directory of its own, removed at the end.
+    struct Scratch(Cache);
+
+    impl Scratch {
+        fn new(name: &str) -> Self {
+            let root =
+                std::env::temp_dir().join(format!("xtask-cache-{}-{name}", std::process::id()));
+            Self(Cache::at(&root).expect("cache"))
+        }
+        fn left(&self, kind: &str) -> Vec<String> {
+            let mut names: Vec<String> = std::fs::read_dir(self.0.root().join(kind))
+                .expect("kind exists")
+                .map(|entry| {
+                    entry
+                        .expect("entry")
+                        .file_name()
+                        .to_string_lossy()
+                        .into_owned()
+                })
+                .filter(|name| !name.ends_with(".lock"))
+                .collect();
+            names.sort();
+            names
+        }
+    }
+
+    impl Drop for Scratch {
+        fn drop(&mut self) {
+            std::fs::remove_dir_all(self.0.root()).expect("remove scratch");
+        }
+    }
+
+    fn key(text: &str) -> Key {
+        Key::builder().bytes(text).finish()
+    }
+
+    #[test]
+    fn a_second_get_builds_nothing() {
+        let scratch = Scratch::new("second");
+        let build = |dir: &Path| Ok(std::fs::write(dir.join("f"), "1")?);
+        let first = scratch
+            .0
+            .get_or_build("k", &key("a"), build)
+            .expect("built");
+        let second = scratch
+            .0
+            .get_or_build("k", &key("a"), |_| Err("built twice".into()))
+            .expect("there");
+        assert_eq!(first, second);
+        assert_eq!(std::fs::read(second.join("f")).expect("f"), b"1");
+    }
+
+    #[test]
+    fn a_failed_build_leaves_nothing() {
+        let scratch = Scratch::new("failed");
+        let error = scratch.0.get_or_build("k", &key("a"), |dir| {
+            std::fs::write(dir.join("half"), "1")?;
+            Err("no".into())
+        });
+        assert_eq!(error.expect_err("failed").to_string(), "building k");
+        assert!(scratch.left("k").is_empty());
+    }
+
+    #[test]
+    fn a_full_disk_is_one_line_and_leaves_nothing() {
+        let scratch = Scratch::new("full");
+        let full = || Box::new(io::Error::from(io::ErrorKind::StorageFull));
+        let error = scratch
+            .0
+            .get_or_build("k", &key("a"), |_| Err(full()))
+            .expect_err("full");
+        assert!(matches!(error, CacheError::Full { .. }), "{error}");
+        assert_eq!(error.to_string().lines().count(), 1);
+        assert!(scratch.left("k").is_empty());
+    }
+
+    #[test]
+    fn what_a_killed_build_left_is_removed_by_the_next() {
+        let scratch = Scratch::new("killed");
+        let room = scratch.0.root().join("k");
+        for stem in [key("a").0, key("other").0] {
+            std::fs::create_dir_all(room.join(format!("{stem}.tmp")).join("half"))
+                .expect("left over");
+        }
+        scratch
+            .0
+            .get_or_build("k", &key("a"), |_| Ok(()))
+            .expect("built");
+        assert_eq!(scratch.left("k"), [key("a").0]);
+    }
+
+    #[test]
+    fn a_build_under_way_is_not_removed() {
+        let scratch = Scratch::new("underway");
+        scratch
+            .0
+            .get_or_build("k", &key("a"), |ours| {
+                scratch.0.get_or_build("k", &key("b"), |_| Ok(()))?;
+                assert!(ours.is_dir());
+                Ok(())
+            })
+            .expect("both built");
+    }
+
+    #[test]
+    fn two_runs_at_once_build_once() {
+        let scratch = Scratch::new("twice");
+        let built = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    let build = |_: &Path| {
+                        built.fetch_add(1, Ordering::SeqCst);
+                        Ok(())
+                    };
+                    scratch
+                        .0
+                        .get_or_build("k", &key("a"), build)
+                        .expect("there");
+                });
+            }
+        });
+        assert_eq!(built.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn parts_of_a_key_do_not_run_into_each_other() {
+        let ab_c = Key::builder().bytes("ab").bytes("c").finish();
+        let a_bc = Key::builder().bytes("a").bytes("bc").finish();
+        assert_ne!(ab_c, a_bc);
+        assert_eq!(ab_c.as_str().len(), 64);
+    }
+
+    #[test]
+    fn a_directory_hash_sees_names_modes_contents_and_links() {
+        let scratch = Scratch::new("hash");
+        let dir = scratch.0.root().join("d");
+        let hash = || Key::builder().dir(&dir).expect("hashed").finish();
+        std::fs::create_dir_all(dir.join("sub")).expect("dir");
+        std::fs::write(dir.join("sub/f"), "1").expect("file");
+        let mut seen = vec![hash()];
+        std::fs::write(dir.join("sub/f"), "2").expect("file");
+        seen.push(hash());
+        std::fs::rename(dir.join("sub/f"), dir.join("sub/g")).expect("rename");
+        seen.push(hash());
+        std::fs::set_permissions(dir.join("sub/g"), std::fs::Permissions::from_mode(0o755))
+            .expect("mode");
+        seen.push(hash());
+        std::os::unix::fs::symlink("sub/g", dir.join("l")).expect("link");
+        seen.push(hash());
+        for (n, one) in seen.iter().enumerate() {
+            assert!(
+                !seen.iter().skip(n + 1).any(|other| other == one),
+                "change {n} unseen"
+            );
+        }
+    }
+}
