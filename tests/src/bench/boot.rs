@@ -1,0 +1,85 @@
+//! The recipe of the boot benchmark: warm up, then the systems in turn, round after round, then one traced run of each.
+
+use super::launch::{self, Sample};
+use super::systems::{Files, System};
+use super::trace;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+
+/// Rounds that are not counted: the first reads come from disk, where an emulated clock jumps.
+const WARM_UP_ROUNDS: usize = 1;
+
+/// Runs the benchmark and prints JSON lines on `out`. A system that is absent or fails is left out with one line
+/// on stderr.
+///
+/// # Errors
+/// `out` cannot be written.
+pub fn boot(
+    systems: &[System],
+    files: &Files,
+    samples: usize,
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let mut taken: Vec<(&System, Vec<Sample>)> =
+        systems.iter().map(|system| (system, Vec::new())).collect();
+    for round in 0..WARM_UP_ROUNDS + samples {
+        taken.retain_mut(|(system, samples)| match launch::sample(system, files) {
+            Ok(_) if round < WARM_UP_ROUNDS => true,
+            Ok(sample) => {
+                samples.push(sample);
+                true
+            }
+            Err(error) => {
+                eprintln!("bench: {} is left out: {error}", system.name());
+                false
+            }
+        });
+    }
+    for (system, samples) in taken {
+        let exits = match system {
+            System::Runtime(_) => BTreeMap::new(),
+            _ => trace::userspace_exits(system, files).unwrap_or_else(|error| {
+                eprintln!("bench: exits of {} are not counted: {error}", system.name());
+                BTreeMap::new()
+            }),
+        };
+        for line in lines(system, &samples, &exits) {
+            writeln!(out, "{line}")?;
+        }
+    }
+    Ok(())
+}
+
+fn lines(system: &System, samples: &[Sample], exits: &BTreeMap<String, u64>) -> Vec<Value> {
+    let nanos = |pick: fn(&Sample) -> u128| samples.iter().map(pick).collect::<Vec<u128>>();
+    let line = |phase: &str, samples: Vec<u128>| {
+        json!({"bench": "boot", "system": system.name(), "kernel": system.kernel(), "phase": phase,
+               "unit": "ns", "samples": samples.iter().map(|ns| json!(u64::try_from(*ns).unwrap_or(u64::MAX))).collect::<Vec<_>>(),
+               "userspace_exits": exits})
+    };
+    let mut lines = vec![
+        line("init", nanos(|sample| sample.init.as_nanos())),
+        line("exit", nanos(|sample| sample.exit.as_nanos())),
+    ];
+    // Where the time of our own VMM goes: each phase by its end, from the first that it names.
+    let reports: Vec<_> = samples
+        .iter()
+        .filter_map(|sample| sample.report.as_ref())
+        .collect();
+    if let Some(first) = reports.first() {
+        for (index, phase) in first.phases.iter().enumerate().skip(1) {
+            let spent = reports
+                .iter()
+                .filter_map(|report| {
+                    let (before, this) = (report.phases.get(index - 1)?, report.phases.get(index)?);
+                    Some(u128::from(
+                        this.monotonic_ns.saturating_sub(before.monotonic_ns),
+                    ))
+                })
+                .collect();
+            lines.push(line(&format!("vmm:{}", phase.name), spent));
+        }
+    }
+    lines
+}

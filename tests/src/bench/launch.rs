@@ -1,0 +1,177 @@
+//! Starts one system and waits for its first sign and its end.
+
+use super::systems::{Files, MEMORY_MIB, System};
+use capsid_protocol::machine::{
+    CONFIG_VERSION, Cpus, FdNumber, GuestDial, JailConfig, MachineConfig, MemoryMib, SerialConfig,
+    VsockConfig,
+};
+use capsid_protocol::report::MachineReport;
+use capsid_protocol::vsock::AGENT_RPC_PORT;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// Whom the VMM becomes in its jail.
+const JAIL_ID: u32 = 64_000;
+
+/// What one start took.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// From the start of the process to the first byte of the guest's init (or its first dial).
+    pub init: Duration,
+    /// From the start of the process to its end.
+    pub exit: Duration,
+    /// What our VMM says of itself; None for others.
+    pub report: Option<MachineReport>,
+}
+
+/// Starts `system` once.
+///
+/// # Errors
+/// It cannot be started, or ends without a sign of its guest.
+pub fn sample(system: &System, files: &Files) -> io::Result<Sample> {
+    match system.command(files)? {
+        Some(words) => plain(&words),
+        None => capsid(*system == System::CapsidOwn, files),
+    }
+}
+
+fn plain(words: &[String]) -> io::Result<Sample> {
+    let (program, args) = words.split_first().ok_or(io::ErrorKind::InvalidInput)?;
+    let mut command = Command::new(program);
+    command.args(args);
+    let since = Instant::now();
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|cause| io::Error::new(cause.kind(), format!("{program}: {cause}")))?;
+    let stdout = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
+    let init = first_byte(stdout, since)?;
+    child.wait()?;
+    Ok(Sample {
+        init,
+        exit: since.elapsed(),
+        report: None,
+    })
+}
+
+fn first_byte(mut stream: impl Read, since: Instant) -> io::Result<Duration> {
+    let mut buffer = [0; 4096];
+    let init = match stream.read(&mut buffer)? {
+        0 => return Err(io::Error::other("it ended before its guest said anything")),
+        _ => since.elapsed(),
+    };
+    // Drained to its end, so that a talkative system is not blocked.
+    while stream.read(&mut buffer)? > 0 {}
+    Ok(init)
+}
+
+fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
+    let kernel = File::open(&files.kernel)?;
+    let initramfs = File::open(if own { &files.initramfs } else { &files.tiny })?;
+    let (serial_read, serial_write) = nix::unistd::pipe()?;
+    let (owner, vmm_end) = socketpair(
+        AddressFamily::Unix,
+        SockType::SeqPacket,
+        None,
+        SockFlag::SOCK_CLOEXEC,
+    )?;
+    let mut report = memfd("report")?;
+    let config = MachineConfig {
+        version: CONFIG_VERSION,
+        id: "bench".to_owned(),
+        cpus: Cpus::try_from(1).map_err(io::Error::other)?,
+        memory_mib: MemoryMib::try_from(MEMORY_MIB).map_err(io::Error::other)?,
+        kernel_fd: inherited(&kernel)?,
+        initramfs_fd: Some(inherited(&initramfs)?),
+        cmdline: String::new(),
+        vsock: own
+            .then(|| -> io::Result<VsockConfig> {
+                Ok(VsockConfig {
+                    owner_fd: inherited(&vmm_end)?,
+                    guest_may_dial: vec![GuestDial {
+                        port: AGENT_RPC_PORT,
+                        connections: 1,
+                    }],
+                })
+            })
+            .transpose()?,
+        shares: Vec::new(),
+        serial: if own {
+            None
+        } else {
+            Some(SerialConfig {
+                fd: inherited(&serial_write)?,
+            })
+        },
+        report_fd: Some(inherited(&report)?),
+        jail: JailConfig {
+            uid: JAIL_ID,
+            gid: JAIL_ID,
+        },
+    };
+    let mut json = memfd("config")?;
+    json.write_all(&config.to_json().map_err(io::Error::other)?)?;
+    json.rewind()?;
+    let config_fd = inherited(&json)?;
+    let since = Instant::now();
+    let child = Command::new("capsid-vmm")
+        .arg("--config-fd")
+        .arg(config_fd.to_string())
+        .stdin(Stdio::null())
+        .spawn()?;
+    drop((vmm_end, serial_write));
+    let init = if own {
+        dialled(&owner, since)
+    } else {
+        first_byte(File::from(serial_read), since)
+    };
+    drop(owner); // ends a VM whose agent waits for us
+    let exit = reap(child, since)?;
+    let mut text = Vec::new();
+    report.rewind()?;
+    report.read_to_end(&mut text)?;
+    Ok(Sample {
+        init: init?,
+        exit,
+        report: serde_json::from_slice(&text).ok(),
+    })
+}
+
+/// Waits for the first packet on the owner channel: the agent's dial.
+fn dialled(owner: &OwnedFd, since: Instant) -> io::Result<Duration> {
+    let mut packet = [0; 64];
+    match nix::sys::socket::recv(
+        owner.as_raw_fd(),
+        &mut packet,
+        nix::sys::socket::MsgFlags::empty(),
+    )? {
+        0 => Err(io::Error::other("the VMM ended before its agent dialled")),
+        _ => Ok(since.elapsed()),
+    }
+}
+
+fn reap(mut child: Child, since: Instant) -> io::Result<Duration> {
+    child.wait()?;
+    Ok(since.elapsed())
+}
+
+fn memfd(name: &str) -> io::Result<File> {
+    Ok(File::from(nix::sys::memfd::memfd_create(
+        name,
+        nix::sys::memfd::MFdFlags::MFD_CLOEXEC,
+    )?))
+}
+
+/// Lets a child inherit `fd`, and names it for the configuration.
+fn inherited(fd: &impl AsFd) -> io::Result<FdNumber> {
+    let fd = fd.as_fd();
+    fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
+    FdNumber::try_from(i64::from(fd.as_raw_fd())).map_err(io::Error::other)
+}
