@@ -9,6 +9,7 @@
 pub mod bus;
 pub mod event;
 pub mod machine;
+pub mod pci;
 pub mod virtio;
 
 /// The guest's memory: memfd-backed regions, shared by all of the VMM's threads.

@@ -9,7 +9,7 @@
 //! serve answers as its section of virtio 1.2 says, or asks for `DEVICE_NEEDS_RESET` by
 //! [`Interrupt::needs_reset`]; it never ends the VMM.
 
-use super::queue::ActiveQueue;
+use super::queue::{ActiveQueue, BadSettings};
 use crate::GuestMemory;
 use std::sync::Arc;
 
@@ -43,6 +43,15 @@ pub enum DeviceError {
     /// The driver did not enable a queue that the device cannot do without.
     #[error("queue {0} is not enabled")]
     QueueMissing(u16),
+    /// What the driver set for a queue is no queue.
+    #[error("queue {index} cannot be used")]
+    Queue {
+        /// Which queue.
+        index: u16,
+        /// What is wrong with it.
+        #[source]
+        cause: BadSettings,
+    },
     /// A host resource could not be had.
     #[error("cannot {what}")]
     Io {

@@ -1,14 +1,21 @@
 //! One live split virtqueue (virtio 1.2 section 2.7), as a device sees it.
 //!
 //! Wraps [`virtio_queue::Queue`]; the wrapper bounds the work done for one kick by the queue's size (the
-//! driver may refill while the device works) and keeps the notification rules of EVENT_IDX in one place.
+//! driver may refill while the device works), keeps the notification rules of EVENT_IDX in one place, and
+//! opens chains by [`super::chain`].
 
+use super::chain::{BadChain, Buffers, Table};
+use super::device::Interrupt;
 use crate::GuestMemory;
 use std::sync::Arc;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
-/// A chain of descriptors that the driver made available.
+use super::state::QueueSettings;
+
+/// A chain of descriptors that the driver made available, not yet looked at; [`ActiveQueue::open`] does.
 pub type Chain = DescriptorChain<GuestMemory>;
 
 /// The driver broke the ring itself: its indices or addresses make no sense. The device asks for a reset.
@@ -22,6 +29,42 @@ pub struct BrokenQueue {
     pub cause: virtio_queue::Error,
 }
 
+/// What the driver set for a queue cannot be one. The transport asks for a reset instead of activating.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum BadSettings {
+    /// Size 0, no power of two or above the maximum.
+    #[error("queue size {0} is not a power of two up to the maximum")]
+    Size(u16),
+    /// A part of the ring is at 0, misaligned, or not within one region of memory.
+    #[error("{part} at {address:#x} is misaligned or not in memory")]
+    Part {
+        /// Which part.
+        part: &'static str,
+        /// Where the driver put it.
+        address: u64,
+    },
+    /// Two parts of the ring share bytes.
+    #[error("parts of the queue overlap")]
+    Overlap,
+}
+
+/// A queue cannot be served on: [`ActiveQueue::serve`].
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The ring itself is broken.
+    #[error(transparent)]
+    Ring(#[from] BrokenQueue),
+    /// A chain is none.
+    #[error("virtqueue {index} has a bad chain")]
+    Chain {
+        /// Which queue of the device.
+        index: u16,
+        /// What is wrong with it.
+        #[source]
+        cause: BadChain,
+    },
+}
+
 /// A queue between DRIVER_OK and reset.
 pub struct ActiveQueue {
     /// Which queue of the device it is.
@@ -29,17 +72,77 @@ pub struct ActiveQueue {
     /// Signalled by the driver's notification, in the kernel where there is one (ioeventfd).
     pub kick: Arc<EventFd>,
     queue: Queue,
+    indirect: bool,
 }
 
 impl ActiveQueue {
-    /// A queue as the transport validated and froze it.
-    pub fn new(index: u16, queue: Queue, kick: Arc<EventFd>) -> ActiveQueue {
-        ActiveQueue { index, kick, queue }
+    /// A queue with the settings that the driver made, each part of it checked as one whole slice of
+    /// memory. `features` are the agreed ones.
+    ///
+    /// # Errors
+    /// The settings cannot be those of a queue.
+    pub fn new(
+        index: u16,
+        settings: &QueueSettings,
+        features: u64,
+        memory: &GuestMemory,
+        kick: Arc<EventFd>,
+    ) -> Result<ActiveQueue, BadSettings> {
+        let size = settings.size;
+        let bad_size = |_| BadSettings::Size(size);
+        let mut queue = Queue::new(settings.max_size).map_err(bad_size)?;
+        queue.try_set_size(size).map_err(bad_size)?;
+        let entries = u64::from(size);
+        // Lengths and alignments of section 2.7.
+        let parts = [
+            ("descriptor table", settings.descriptors, 16 * entries, 16),
+            ("available ring", settings.available, 6 + 2 * entries, 2),
+            ("used ring", settings.used, 6 + 8 * entries, 4),
+        ];
+        for (part, address, length, alignment) in parts {
+            let inside = memory
+                .get_slice(GuestAddress(address), length as usize)
+                .is_ok();
+            if address == 0 || address % alignment != 0 || !inside {
+                return Err(BadSettings::Part { part, address });
+            }
+        }
+        // All ends are inside memory, so no sum wraps.
+        let apart = |(_, a, a_length, _): &(_, u64, u64, _),
+                     (_, b, b_length, _): &(_, u64, u64, _)| {
+            a + a_length <= *b || b + b_length <= *a
+        };
+        let [descriptors, available, used] = &parts;
+        if !(apart(descriptors, available) && apart(available, used) && apart(descriptors, used)) {
+            return Err(BadSettings::Overlap);
+        }
+        let misaligned = |_| BadSettings::Part {
+            part: "ring",
+            address: settings.descriptors,
+        };
+        queue
+            .try_set_desc_table_address(GuestAddress(settings.descriptors))
+            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(settings.available)))
+            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(settings.used)))
+            .map_err(misaligned)?;
+        queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        queue.set_ready(true);
+        Ok(ActiveQueue {
+            index,
+            kick,
+            queue,
+            indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+        })
     }
 
     /// The queue's size in descriptors, which also bounds the chains served for one kick.
     pub fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// Where the device stands in the available and the used ring.
+    pub fn positions(&self) -> (u16, u16) {
+        (self.queue.next_avail(), self.queue.next_used())
     }
 
     /// The next available chain, if there is one.
@@ -52,6 +155,71 @@ impl ActiveQueue {
             Ok(mut chains) => Ok(chains.next()),
             Err(cause) => Err(self.broken(cause)),
         }
+    }
+
+    /// Walks a chain that [`ActiveQueue::pop`] gave and checks all of it: the way from a chain to its bytes.
+    ///
+    /// # Errors
+    /// It is no chain; the device asks for a reset.
+    pub fn open<'m>(
+        &self,
+        memory: &'m GuestMemory,
+        chain: &Chain,
+    ) -> Result<Buffers<'m>, BadChain> {
+        let table = Table {
+            address: self.queue.desc_table(),
+            size: self.queue.size(),
+            indirect: self.indirect,
+        };
+        Buffers::walk(memory, table, chain.head_index())
+    }
+
+    /// Serves what is available: `each` answers a chain and returns how many bytes it wrote. At most as many
+    /// chains as the queue is long; if the driver refills it meanwhile, the queue kicks itself, so that
+    /// others on the same thread get their turn. Sends the interrupt that the driver wants.
+    ///
+    /// For devices that answer each chain at once.
+    ///
+    /// # Errors
+    /// The driver broke the ring or a chain; the device asks for a reset and serves this queue no more.
+    pub fn serve(
+        &mut self,
+        memory: &GuestMemory,
+        interrupt: &dyn Interrupt,
+        mut each: impl FnMut(Buffers<'_>) -> u32,
+    ) -> Result<(), ServeError> {
+        let mut served = 0;
+        let mut left = self.size();
+        self.disable_kicks(memory)?;
+        loop {
+            while left > 0 {
+                let Some(chain) = self.pop(memory)? else {
+                    break;
+                };
+                let buffers = self
+                    .open(memory, &chain)
+                    .map_err(|cause| ServeError::Chain {
+                        index: self.index,
+                        cause,
+                    })?;
+                let written = each(buffers);
+                self.push_used(memory, chain.head_index(), written)?;
+                served += 1;
+                left -= 1;
+            }
+            if left == 0 {
+                // Fails only when the counter is full, and then the fd is readable anyway.
+                let _ = self.kick.write(1);
+                break;
+            }
+            if !self.enable_kicks(memory)? {
+                break;
+            }
+        }
+        if served > 0 && self.needs_notification(memory)? {
+            interrupt.used(self.index);
+        }
+        Ok(())
     }
 
     /// Gives back the chain popped last, unread.

@@ -1,0 +1,20 @@
+//! PCI as this machine has it (design: one bus, no bridges, no INTx): configuration space type 0, access
+//! mechanism 1 at ports 0xCF8 and 0xCFC, 32-bit memory BARs, MSI-X. Conventional PCI 3.0 is the source of
+//! section numbers.
+//!
+//! The guest may read and write anything at any time; nothing in here trusts an order, a width or a value.
+
+mod config;
+pub mod msix;
+mod root;
+
+pub use config::{BARS, CONFIG_BYTES, ConfigSpace, Identity, LayoutError};
+pub use root::{CONFIG_PORT, CONFIG_PORT_BYTES, PciRoot, SLOTS, SlotError};
+
+/// One function of the bus, device number = slot, function number 0. Called from any vCPU thread.
+pub trait PciFunction: Send + Sync {
+    /// Fills `data`, 1, 2 or 4 bytes inside one aligned dword, from configuration space at `offset`.
+    fn config_read(&self, offset: u8, data: &mut [u8]);
+    /// Takes a write of 1, 2 or 4 bytes inside one aligned dword at `offset`; what is read-only stays.
+    fn config_write(&self, offset: u8, data: &[u8]);
+}

@@ -1,0 +1,228 @@
+//! The root of the bus: configuration mechanism 1 (PCI 3.0 section 3.2.2.3.2) and the host bridge at 0.0.
+//!
+//! Port 0xCF8 takes and gives only dwords; any other width there is an access to nothing. What is selected
+//! and not there (another bus, another function, an empty slot, the enable bit clear) reads as all ones.
+
+use super::PciFunction;
+use super::config::{ConfigSpace, Identity};
+use crate::bus::BusDevice;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+/// First port of the mechanism: the address register; the data register follows at 0xCFC.
+pub const CONFIG_PORT: u64 = 0xcf8;
+/// Ports of the mechanism.
+pub const CONFIG_PORT_BYTES: u64 = 8;
+/// Device numbers of a bus, slot 0 being the host bridge.
+pub const SLOTS: usize = 32;
+
+const DATA: u64 = 4;
+const ENABLE: u32 = 1 << 31;
+/// Bits of the address register that can be set: enable, bus, device, function, dword.
+const ADDRESS_BITS: u32 = 0x80ff_fffc;
+
+/// A vendor and device that no Linux driver binds to; the class is what makes it a host bridge, for which
+/// Linux's check of mechanism 1 looks (arch/x86/pci/direct.c, pci_sanity_check).
+const HOST_BRIDGE: Identity = Identity {
+    vendor: 0x1b36,
+    device: 0x0008,
+    revision: 0,
+    class: 0x06_00_00,
+    subsystem_vendor: 0x1af4,
+    subsystem: 0x1100,
+};
+
+/// A function cannot be put where something is already, or nothing can be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("PCI slot {0} is taken or not one of 1 to 31")]
+pub struct SlotError(pub u8);
+
+struct State {
+    address: u32,
+    slots: [Option<Arc<dyn PciFunction>>; SLOTS],
+}
+
+/// The bus with its functions, as a device on the port bus at [`CONFIG_PORT`].
+pub struct PciRoot {
+    state: Mutex<State>,
+}
+
+impl PciRoot {
+    /// A bus with a host bridge and nothing else.
+    pub fn new() -> PciRoot {
+        let bridge = HostBridge(Mutex::new(ConfigSpace::new(HOST_BRIDGE)));
+        let mut slots = [const { None }; SLOTS];
+        if let Some(first) = slots.first_mut() {
+            *first = Some(Arc::new(bridge) as Arc<dyn PciFunction>);
+        }
+        PciRoot {
+            state: Mutex::new(State { address: 0, slots }),
+        }
+    }
+
+    /// Puts a function at device number `slot`.
+    ///
+    /// # Errors
+    /// The slot is taken or does not exist.
+    pub fn insert(&self, slot: u8, function: Arc<dyn PciFunction>) -> Result<(), SlotError> {
+        match self.lock().slots.get_mut(usize::from(slot)) {
+            Some(place @ None) => *place = Some(function),
+            _ => return Err(SlotError(slot)),
+        }
+        Ok(())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The selected function and the offset in its space, if the access stays inside the data register.
+    fn selected(&self, offset: u64, width: usize) -> Option<(Arc<dyn PciFunction>, u8)> {
+        let byte = offset.checked_sub(DATA)?;
+        if byte + width as u64 > 4 {
+            return None;
+        }
+        let state = self.lock();
+        let [register, device_function, bus, _] = state.address.to_le_bytes();
+        let function = device_function & 7;
+        if state.address & ENABLE == 0 || bus != 0 || function != 0 {
+            return None;
+        }
+        let found = state
+            .slots
+            .get(usize::from(device_function >> 3))?
+            .clone()?;
+        Some((found, register | byte as u8))
+    }
+}
+
+impl Default for PciRoot {
+    fn default() -> Self {
+        PciRoot::new()
+    }
+}
+
+impl BusDevice for PciRoot {
+    fn name(&self) -> &'static str {
+        "pci"
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if offset == 0 && data.len() == 4 {
+            data.copy_from_slice(&self.lock().address.to_le_bytes());
+        } else if let Some((function, register)) = self.selected(offset, data.len()) {
+            function.config_read(register, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
+            self.lock().address = u32::from_le_bytes(address) & ADDRESS_BITS;
+        } else if let Some((function, register)) = self.selected(offset, data.len()) {
+            function.config_write(register, data);
+        }
+    }
+}
+
+struct HostBridge(Mutex<ConfigSpace>);
+
+impl PciFunction for HostBridge {
+    fn config_read(&self, offset: u8, data: &mut [u8]) {
+        let space = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        space.read(offset, data);
+    }
+
+    fn config_write(&self, offset: u8, data: &[u8]) {
+        let mut space = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        space.write(offset, data);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn read(root: &PciRoot, address: u32, byte: u64, width: usize) -> Vec<u8> {
+        root.write(0, &address.to_le_bytes());
+        let mut data = vec![0; width];
+        root.read(DATA + byte, &mut data);
+        data
+    }
+
+    #[test]
+    fn linux_finds_mechanism_1_and_a_host_bridge() {
+        // pci_check_type1 and pci_sanity_check of Linux, in their order.
+        let root = PciRoot::new();
+        root.write(3, &[1]);
+        let mut old = [0; 4];
+        root.read(0, &mut old);
+        root.write(0, &0x8000_0000u32.to_le_bytes());
+        let mut back = [0; 4];
+        root.read(0, &mut back);
+        assert_eq!(u32::from_le_bytes(back), 0x8000_0000);
+        assert_eq!(read(&root, 0x8000_0008, 2, 2), [0x00, 0x06]);
+        assert_eq!(old, [0; 4]);
+    }
+
+    #[test]
+    fn what_is_not_there_reads_as_all_ones() {
+        let root = PciRoot::new();
+        for address in [
+            0x0000_0000u32, // enable bit clear
+            0x8000_0800,    // empty slot
+            0x8000_0100,    // function 1 of the bridge
+            0x8001_0000,    // bus 1
+            0x80ff_fffc,
+        ] {
+            assert_eq!(read(&root, address, 0, 4), [0xff; 4], "{address:#x}");
+            root.write(DATA, &[0; 4]);
+        }
+        assert_eq!(read(&root, 0x8000_0000, 0, 4), [0x36, 0x1b, 0x08, 0x00]);
+    }
+
+    #[test]
+    fn the_address_register_is_a_dword_and_nothing_else() {
+        let root = PciRoot::new();
+        root.write(0, &0x8000_0004u32.to_le_bytes());
+        for (offset, width) in [(0, 1), (0, 2), (1, 1), (2, 2), (3, 1), (2, 4), (0, 8)] {
+            let mut data = vec![0; width];
+            root.read(offset, &mut data);
+            assert!(data.iter().all(|byte| *byte == 0xff), "{offset} {width}");
+            root.write(offset, &data);
+        }
+        let mut back = [0; 4];
+        root.read(0, &mut back);
+        assert_eq!(u32::from_le_bytes(back), 0x8000_0004);
+    }
+
+    #[test]
+    fn a_slot_is_given_once() {
+        let root = PciRoot::new();
+        let function = || Arc::new(HostBridge(Mutex::new(ConfigSpace::new(HOST_BRIDGE))));
+        assert_eq!(root.insert(0, function()), Err(SlotError(0)));
+        root.insert(31, function()).unwrap();
+        assert_eq!(root.insert(31, function()), Err(SlotError(31)));
+        assert_eq!(root.insert(32, function()), Err(SlotError(32)));
+        assert_eq!(read(&root, 0x8000_f800, 0, 2), [0x36, 0x1b]);
+    }
+
+    proptest! {
+        #[test]
+        fn no_access_panics(
+            accesses in proptest::collection::vec((0u64..9, any::<u32>(), 0usize..9, any::<bool>()), 0..64)
+        ) {
+            let root = PciRoot::new();
+            for (offset, value, width, write) in accesses {
+                let mut data = vec![value as u8; width];
+                if write {
+                    root.write(0, &value.to_le_bytes());
+                    root.write(offset, &data);
+                } else {
+                    root.read(offset, &mut data);
+                }
+            }
+            prop_assert_eq!(read(&root, 0x8000_0000, 0, 4), [0x36, 0x1b, 0x08, 0x00]);
+        }
+    }
+}

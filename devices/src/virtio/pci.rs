@@ -1,0 +1,486 @@
+//! Virtio over PCI (virtio 1.2 section 4.1), modern only: one function, one BAR, MSI-X.
+//!
+//! Owns what all devices have alike and lets a device see only agreed features and checked queues. The BAR:
+//!
+//! | offset | what                          | section   |
+//! |--------|-------------------------------|-----------|
+//! | 0x0000 | common configuration          | 4.1.4.3   |
+//! | 0x1000 | ISR status                    | 4.1.4.5   |
+//! | 0x2000 | device configuration, read-only | 4.1.4.6 |
+//! | 0x3000 | notifications, 4 bytes a queue | 4.1.4.4  |
+//! | 0x4000 | MSI-X table                   | PCI 6.8.2 |
+//! | 0x5000 | MSI-X pending bits            | PCI 6.8.2 |
+//!
+//! Every access of any width and offset is defined: what is nothing reads as zero inside the BAR, as all ones
+//! while the BAR does not decode, and swallows writes. The guest may move or disable the BAR, which cuts it
+//! off itself (see [`crate::pci::ConfigSpace`]); its notifications still arrive, because KVM delivers
+//! them by the address that was registered, and do nothing that a notification would not do.
+//!
+//! Locks: `core` (the device and configuration space), then the leaf lock of `signal`. A device is called
+//! with `core` held, so activations and resets never overlap.
+
+use super::device::{Activation, DeviceError, VirtioDevice};
+use super::queue::ActiveQueue;
+use super::signal::Shared;
+use super::state::{COMMON_BYTES, DeviceState, Effect};
+use crate::GuestMemory;
+use crate::bus::BusDevice;
+use crate::pci::msix::{self, MsiRoutes, Msix, MsixState};
+use crate::pci::{ConfigSpace, Identity, LayoutError, PciFunction};
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+/// Length of the one BAR in bytes; the VMM aligns it to this.
+pub const BAR_BYTES: u32 = 0x8000;
+/// Which BAR it is.
+pub const BAR: u8 = 0;
+/// Most queues of one device: what fits into the notification page and beside the configuration vector.
+pub const QUEUES_MAX: usize = msix::VECTORS_MAX as usize - 1;
+/// Bytes between the notification addresses of two queues.
+pub const NOTIFY_OFF_MULTIPLIER: u32 = 4;
+/// Features that the transport brings, whatever the device.
+pub const TRANSPORT_FEATURES: u64 =
+    1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
+
+const PAGE: u64 = 0x1000;
+const COMMON_PAGE: u64 = 0;
+const ISR_PAGE: u64 = 1;
+const CONFIG_PAGE: u64 = 2;
+const NOTIFY_PAGE: u64 = 3;
+const TABLE_PAGE: u64 = 4;
+const PENDING_PAGE: u64 = 5;
+
+const VENDOR_VIRTIO: u16 = 0x1af4;
+const DEVICE_MODERN: u16 = 0x1040;
+/// A device that is of no other class.
+const CLASS_OTHER: u32 = 0xff_00_00;
+/// Section 4.1.2.1: at least 1; the subsystem id at least 0x40, so that no legacy driver binds.
+const REVISION_MODERN: u8 = 1;
+
+const CAPABILITY_VENDOR: u8 = 0x09;
+// Types of section 4.1.4.
+const CFG_COMMON: u8 = 1;
+const CFG_NOTIFY: u8 = 2;
+const CFG_ISR: u8 = 3;
+const CFG_DEVICE: u8 = 4;
+const CFG_PCI: u8 = 5;
+// Offsets in struct virtio_pci_cap and virtio_pci_cfg_cap.
+const CAP_BAR: u8 = 4;
+const CAP_OFFSET: usize = 8;
+const CAP_LENGTH: usize = 12;
+const CAP_DATA: u8 = 16;
+
+/// Why a transport cannot be made; a defect of the device or a host without fds.
+#[derive(Debug, thiserror::Error)]
+pub enum TransportError {
+    /// Too many queues, or a size that is none.
+    #[error("virtio device type {device} has queues that no transport can offer")]
+    Queues {
+        /// Device type.
+        device: u16,
+    },
+    /// No eventfd for a queue.
+    #[error("cannot make an eventfd for the queues of virtio device type {device}")]
+    Kick {
+        /// Device type.
+        device: u16,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+    /// The configuration space has no place.
+    #[error("virtio device type {device} cannot be laid out")]
+    Layout {
+        /// Device type.
+        device: u16,
+        /// What has no place.
+        #[source]
+        cause: LayoutError,
+    },
+}
+
+/// A notification address for the VMM to register as an ioeventfd (any length, no datamatch), so that a
+/// kick does not leave the kernel.
+#[derive(Clone)]
+pub struct NotifyAddress {
+    /// Guest-physical address.
+    pub address: u64,
+    /// Signalled when the guest writes there; the same for the life of the device.
+    pub kick: Arc<EventFd>,
+}
+
+/// The driver-visible state of a transport: plain data.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TransportState {
+    /// Configuration space.
+    pub config: ConfigSpace,
+    /// Status, features, queue settings.
+    pub device: DeviceState,
+    /// MSI-X table and pending bits.
+    pub msix: MsixState,
+}
+
+struct Core {
+    device: Box<dyn VirtioDevice>,
+    config: ConfigSpace,
+    /// Why the device could last not be activated or reset.
+    failure: Option<DeviceError>,
+}
+
+/// One virtio device on the bus: a [`PciFunction`], and on the MMIO bus the [`BusDevice`] of its BAR.
+pub struct VirtioPci {
+    address: u64,
+    memory: GuestMemory,
+    shared: Arc<Shared>,
+    kicks: Vec<Arc<EventFd>>,
+    msix_control: u8,
+    window: u8,
+    name: &'static str,
+    core: Mutex<Core>,
+}
+
+impl VirtioPci {
+    /// Puts `device` behind a BAR at `address`, which the VMM chooses below 4 GiB and aligned to
+    /// [`BAR_BYTES`]. `name` is for counters, for instance `virtio-rng`.
+    ///
+    /// # Errors
+    /// See [`TransportError`].
+    pub fn new(
+        name: &'static str,
+        device: Box<dyn VirtioDevice>,
+        memory: GuestMemory,
+        routes: Arc<dyn MsiRoutes>,
+        address: u64,
+    ) -> Result<VirtioPci, TransportError> {
+        let kind = device.device_type();
+        let sizes = device.queue_sizes();
+        let size_legal = |size: &u16| size.is_power_of_two() && *size <= 1 << 15;
+        if sizes.len() > QUEUES_MAX || !sizes.iter().all(size_legal) {
+            return Err(TransportError::Queues { device: kind });
+        }
+        let kicks = sizes
+            .iter()
+            .map(|_| EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(|cause| TransportError::Kick {
+                device: kind,
+                cause,
+            })?;
+        // One vector a queue and one for the configuration.
+        let vectors = sizes.len() as u16 + 1;
+        let msix = Msix::new(vectors, routes);
+        let state = DeviceState::new(device.features() | TRANSPORT_FEATURES, sizes, vectors);
+        let layout = lay_out(&*device, &msix, address).map_err(|cause| TransportError::Layout {
+            device: kind,
+            cause,
+        })?;
+        Ok(VirtioPci {
+            address,
+            memory,
+            shared: Shared::new(state, msix),
+            kicks,
+            msix_control: layout.msix_control,
+            window: layout.window,
+            name,
+            core: Mutex::new(Core {
+                device,
+                config: layout.config,
+                failure: None,
+            }),
+        })
+    }
+
+    /// The BAR's guest-physical address; its length is [`BAR_BYTES`].
+    pub fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// MSI-X vectors that the function has.
+    pub fn vectors(&self) -> u16 {
+        self.shared.lock().msix.vectors()
+    }
+
+    /// Where each queue is kicked, in the order of the queues.
+    pub fn notify_addresses(&self) -> Vec<NotifyAddress> {
+        (0u64..)
+            .zip(&self.kicks)
+            .map(|(queue, kick)| NotifyAddress {
+                address: self.address
+                    + NOTIFY_PAGE * PAGE
+                    + queue * u64::from(NOTIFY_OFF_MULTIPLIER),
+                kick: Arc::clone(kick),
+            })
+            .collect()
+    }
+
+    /// What the driver sees, as plain data.
+    pub fn state(&self) -> TransportState {
+        let core = self.core();
+        let inner = self.shared.lock();
+        TransportState {
+            config: core.config.clone(),
+            device: inner.state.clone(),
+            msix: inner.msix.state().clone(),
+        }
+    }
+
+    /// Takes the reason for which the device could last not be activated or reset, to be reported.
+    pub fn take_failure(&self) -> Option<DeviceError> {
+        self.core().failure.take()
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads the BAR; all of `data` is inside it.
+    fn read_bar(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let (page, at) = (offset / PAGE, offset % PAGE);
+        match page {
+            COMMON_PAGE => self.shared.lock().state.read_common(at, data),
+            ISR_PAGE if at == 0 => {
+                if let Some(first) = data.first_mut() {
+                    *first = self.shared.lock().state.take_isr();
+                }
+            }
+            CONFIG_PAGE => {
+                let config = self.core().device.config();
+                let bytes = config.iter().skip(at as usize);
+                for (to, from) in data.iter_mut().zip(bytes) {
+                    *to = *from;
+                }
+            }
+            TABLE_PAGE => self.shared.lock().msix.read_table(at, data),
+            PENDING_PAGE => self.shared.lock().msix.read_pending(at, data),
+            _ => {}
+        }
+    }
+
+    /// Writes the BAR; all of `data` is inside it.
+    fn write_bar(&self, offset: u64, data: &[u8]) {
+        let (page, at) = (offset / PAGE, offset % PAGE);
+        match page {
+            COMMON_PAGE => self.write_common(at, data),
+            NOTIFY_PAGE => self.notify(at),
+            TABLE_PAGE => self.shared.lock().msix.write_table(at, data),
+            _ => {}
+        }
+    }
+
+    /// A kick that KVM did not take (no ioeventfd there, or through configuration space). What is written
+    /// is the queue's number (section 4.1.4.4.2); the address already says it.
+    fn notify(&self, at: u64) {
+        let queue = usize::try_from(at / u64::from(NOTIFY_OFF_MULTIPLIER));
+        if let Some(kick) = queue.ok().and_then(|queue| self.kicks.get(queue)) {
+            // Fails only when the counter is full, and then the fd is readable anyway.
+            let _ = kick.write(1);
+        }
+    }
+
+    fn write_common(&self, at: u64, data: &[u8]) {
+        // Held over the whole effect: another vCPU that resets meanwhile waits.
+        let mut core = self.core();
+        let effect = self.shared.lock().state.write_common(at, data);
+        match effect {
+            Effect::None => {}
+            Effect::Activate => {
+                if let Err(error) = self.activate(&mut core) {
+                    core.failure = Some(error);
+                    self.shared.lock().needs_reset();
+                }
+            }
+            Effect::Reset { active } => self.reset(&mut core, active),
+        }
+    }
+
+    fn activate(&self, core: &mut Core) -> Result<(), DeviceError> {
+        let (features, settings) = {
+            let inner = self.shared.lock();
+            (inner.state.features(), inner.state.queues().to_vec())
+        };
+        let mut queues = Vec::with_capacity(settings.len());
+        for ((index, settings), kick) in (0u16..).zip(&settings).zip(&self.kicks) {
+            let queue = if settings.enabled {
+                let kick = Arc::clone(kick);
+                let queue = ActiveQueue::new(index, settings, features, &self.memory, kick)
+                    .map_err(|cause| DeviceError::Queue { index, cause })?;
+                Some(queue)
+            } else {
+                None
+            };
+            queues.push(queue);
+        }
+        core.device.activate(Activation {
+            memory: Arc::clone(&self.memory),
+            features,
+            queues,
+            interrupt: self.shared.arm(),
+        })
+    }
+
+    fn reset(&self, core: &mut Core, active: bool) {
+        // A device whose activation failed is reset too: it may have half begun.
+        let result = if active { core.device.reset() } else { Ok(()) };
+        self.shared.disarm();
+        self.shared.lock().state.finish_reset(result.is_ok());
+        core.failure = result.err();
+    }
+
+    /// An access through the window of section 4.1.4.9, if configuration space asks for one.
+    fn windowed(&self, config: &ConfigSpace) -> Option<(u64, usize)> {
+        let at = usize::from(self.window);
+        let bar = config.dword(at + usize::from(CAP_BAR)) as u8;
+        let offset = config.dword(at + CAP_OFFSET);
+        let length = config.dword(at + CAP_LENGTH);
+        let legal = bar == BAR && matches!(length, 1 | 2 | 4) && offset % length == 0;
+        (legal && offset < BAR_BYTES).then_some((u64::from(offset), length as usize))
+    }
+
+    fn touches_window(&self, offset: u8, width: usize) -> bool {
+        let first = usize::from(self.window) + usize::from(CAP_DATA);
+        let at = usize::from(offset);
+        at < first + 4 && first < at + width
+    }
+}
+
+impl Drop for VirtioPci {
+    fn drop(&mut self) {
+        let core = self.core.get_mut().unwrap_or_else(PoisonError::into_inner);
+        self.shared.disarm();
+        if self.shared.lock().state.live() {
+            // Nobody is left to be told that it failed.
+            let _ = core.device.reset();
+        }
+    }
+}
+
+impl PciFunction for VirtioPci {
+    fn config_read(&self, offset: u8, data: &mut [u8]) {
+        let window = {
+            let core = self.core();
+            self.touches_window(offset, data.len())
+                .then(|| self.windowed(&core.config))
+                .flatten()
+        };
+        if let Some((at, length)) = window {
+            let mut bytes = [0; 4];
+            if let Some(bytes) = bytes.get_mut(..length) {
+                self.read_bar(at, bytes);
+            }
+            let mut core = self.core();
+            core.config.write(self.window + CAP_DATA, &bytes);
+        }
+        self.core().config.read(offset, data);
+    }
+
+    fn config_write(&self, offset: u8, data: &[u8]) {
+        let mut core = self.core();
+        core.config.write(offset, data);
+        let mut control = [0];
+        core.config.read(self.msix_control, &mut control);
+        let at = usize::from(offset);
+        if (at..at + data.len()).contains(&usize::from(self.msix_control)) {
+            let [control] = control;
+            self.shared.lock().msix.set_control(control);
+        }
+        if !self.touches_window(offset, data.len()) {
+            return;
+        }
+        if let Some((at, length)) = self.windowed(&core.config) {
+            let mut bytes = [0; 4];
+            core.config.read(self.window + CAP_DATA, &mut bytes);
+            drop(core);
+            if let Some(bytes) = bytes.get(..length) {
+                self.write_bar(at, bytes);
+            }
+        }
+    }
+}
+
+impl BusDevice for VirtioPci {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if self.core().config.decodes(usize::from(BAR)) {
+            self.read_bar(offset, data);
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        if self.core().config.decodes(usize::from(BAR)) {
+            self.write_bar(offset, data);
+        }
+    }
+}
+
+struct Layout {
+    config: ConfigSpace,
+    /// Offset of message control's high byte.
+    msix_control: u8,
+    /// Offset of the PCI configuration access capability.
+    window: u8,
+}
+
+fn lay_out(device: &dyn VirtioDevice, msix: &Msix, address: u64) -> Result<Layout, LayoutError> {
+    let kind = device.device_type();
+    let mut config = ConfigSpace::new(Identity {
+        vendor: VENDOR_VIRTIO,
+        device: DEVICE_MODERN + kind,
+        revision: REVISION_MODERN,
+        class: CLASS_OTHER,
+        subsystem_vendor: VENDOR_VIRTIO,
+        subsystem: DEVICE_MODERN + kind,
+    });
+    config.add_bar(usize::from(BAR), address, BAR_BYTES)?;
+    let capability = msix.capability(
+        BAR,
+        (TABLE_PAGE * PAGE) as u32,
+        (PENDING_PAGE * PAGE) as u32,
+    );
+    let at = config.add_capability(
+        msix::CAPABILITY_ID,
+        &capability,
+        &[0, msix::CONTROL_HIGH_WRITABLE],
+    )?;
+    let notify = NOTIFY_OFF_MULTIPLIER.to_le_bytes();
+    let queues = device.queue_sizes().len() as u32;
+    let device_bytes = (device.config().len() as u32).next_multiple_of(4);
+    let mut add = |kind: u8, page: u64, length: u32, more: &[u8], writable: &[u8]| {
+        let body = body(kind, (page * PAGE) as u32, length, more);
+        config.add_capability(CAPABILITY_VENDOR, &body, writable)
+    };
+    add(CFG_COMMON, COMMON_PAGE, COMMON_BYTES as u32, &[], &[])?;
+    let notify_bytes = (queues * NOTIFY_OFF_MULTIPLIER).max(NOTIFY_OFF_MULTIPLIER);
+    add(CFG_NOTIFY, NOTIFY_PAGE, notify_bytes, &notify, &[])?;
+    add(CFG_ISR, ISR_PAGE, 4, &[], &[])?;
+    if device_bytes > 0 {
+        add(CFG_DEVICE, CONFIG_PAGE, device_bytes, &[], &[])?;
+    }
+    // BAR, offset, length and data are the driver's to write (section 4.1.4.9).
+    let writable = [
+        0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
+    ];
+    let window = add(CFG_PCI, COMMON_PAGE, 0, &[0; 4], &writable)?;
+    Ok(Layout {
+        config,
+        msix_control: at + 3,
+        window,
+    })
+}
+
+/// struct virtio_pci_cap behind its id and next pointer, and what follows it.
+fn body(kind: u8, offset: u32, length: u32, more: &[u8]) -> Vec<u8> {
+    let bytes = (16 + more.len()) as u8;
+    let mut body = vec![bytes, kind, BAR, 0, 0, 0];
+    body.extend(offset.to_le_bytes());
+    body.extend(length.to_le_bytes());
+    body.extend(more);
+    body
+}
