@@ -11,6 +11,7 @@ pub mod event;
 pub mod machine;
 pub mod pci;
 pub mod virtio;
+pub mod vsock;
 
 /// The guest's memory: memfd-backed regions, shared by all of the VMM's threads.
 pub type GuestMemory = std::sync::Arc<vm_memory::GuestMemoryMmap<()>>;
