@@ -10,6 +10,9 @@ pub mod bus;
 pub mod event;
 pub mod machine;
 pub mod pci;
+pub mod rng;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod virtio;
 pub mod vsock;
 

@@ -1,0 +1,254 @@
+//! Entropy (virtio 1.2 section 5.4): the driver gives writable buffers, the device fills them with random
+//! bytes of the host's getrandom(2), on the event loop.
+//!
+//! A guest may ask for 4 GiB with one descriptor, or for the same bytes a hundred times over. What is
+//! made for one chain is capped by [`REQUEST_MAX_BYTES`] (Firecracker's limit after its own 4 GiB entropy
+//! bug, FC 4392a8d19), which section 5.4.6 allows: a device fills "one or more" bytes. Readable buffers are
+//! ignored.
+
+use crate::GuestMemory;
+use crate::event::{EventLoop, Interest, Readiness, Subscriber};
+use crate::virtio::chain::{Buffers, Writable};
+use crate::virtio::device::{Activation, DeviceError, Interrupt, VirtioDevice};
+use crate::virtio::queue::ActiveQueue;
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// The most random bytes made for one chain. Linux asks for at most a page at a time.
+pub const REQUEST_MAX_BYTES: usize = 64 * 1024;
+/// The most chains of a kick, so that the loop's thread is never away for long: with the cap above 1 MiB of
+/// random bytes, some 3 ms.
+const QUEUE_SIZE: u16 = 16;
+/// Device type (section 5.4.1).
+const DEVICE_TYPE: u16 = 4;
+/// Bytes made at once: getrandom(2) is not interrupted by signals up to 256.
+const BLOCK_BYTES: usize = 256;
+
+/// The device.
+pub struct Rng {
+    event_loop: Arc<dyn EventLoop>,
+    active: Option<Active>,
+}
+
+struct Active {
+    kick: i32,
+    server: Arc<Mutex<Server>>,
+}
+
+struct Server {
+    memory: GuestMemory,
+    interrupt: Arc<dyn Interrupt>,
+    /// Gone after a reset and after the driver broke it.
+    queue: Option<ActiveQueue>,
+}
+
+impl Rng {
+    /// A device that will work on `event_loop`.
+    pub fn new(event_loop: Arc<dyn EventLoop>) -> Rng {
+        Rng {
+            event_loop,
+            active: None,
+        }
+    }
+}
+
+impl VirtioDevice for Rng {
+    fn device_type(&self) -> u16 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let queue = activation.queues.into_iter().next().flatten();
+        let queue = queue.ok_or(DeviceError::QueueMissing(0))?;
+        let kick = queue.kick.as_raw_fd();
+        let server = Arc::new(Mutex::new(Server {
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            queue: Some(queue),
+        }));
+        let interest = Interest {
+            readable: true,
+            writable: false,
+        };
+        self.event_loop
+            .watch(kick, interest, 0, server.clone())
+            .map_err(|cause| DeviceError::Io {
+                what: "watch the kicks of the entropy queue",
+                cause,
+            })?;
+        self.active = Some(Active { kick, server });
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        if let Some(active) = self.active.take() {
+            self.event_loop.forget(active.kick);
+            // Waits for a kick that is being served; after it nothing touches guest memory.
+            let mut server = active.server.lock().unwrap_or_else(PoisonError::into_inner);
+            server.queue = None;
+        }
+        Ok(())
+    }
+}
+
+impl Subscriber for Server {
+    fn ready(&mut self, _token: u64, _readiness: Readiness) {
+        let Some(queue) = &mut self.queue else {
+            return;
+        };
+        // Takes the event away; an empty counter means that another turn has taken it.
+        let _ = queue.kick.read();
+        let served = queue.serve(&self.memory, &*self.interrupt, answer);
+        if served.is_err() {
+            self.queue = None;
+            self.interrupt.needs_reset();
+        }
+    }
+}
+
+fn answer(mut buffers: Buffers<'_>) -> u32 {
+    fill(&mut buffers.writable);
+    buffers.writable.written()
+}
+
+fn fill(writable: &mut Writable<'_>) {
+    let mut left = writable.remaining().min(REQUEST_MAX_BYTES);
+    let mut block = [0; BLOCK_BYTES];
+    while left > 0 {
+        let want = left.min(BLOCK_BYTES);
+        let Some(bytes) = block.get_mut(..want) else {
+            return;
+        };
+        // Fails only before the host's pool is seeded at its boot; what is not there is not sent.
+        if fill_block(bytes).is_err() || writable.write_all(bytes).is_err() {
+            return;
+        }
+        left -= want;
+    }
+}
+
+fn fill_block(bytes: &mut [u8]) -> rustix::io::Result<()> {
+    let mut rest = bytes;
+    while !rest.is_empty() {
+        match rustix::rand::getrandom(&mut *rest, rustix::rand::GetRandomFlags::empty()) {
+            Ok(count) => rest = rest.get_mut(count..).unwrap_or_default(),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::event::Poller;
+    use crate::testing::{Buffer, Driver, RawDescriptor};
+    use std::time::Duration;
+
+    fn up() -> (Driver, Arc<Poller>) {
+        let poller = Arc::new(Poller::new().unwrap());
+        (Driver::up(Box::new(Rng::new(poller.clone())), 0), poller)
+    }
+
+    #[test]
+    fn a_chain_comes_back_full_of_random_bytes() {
+        let (mut driver, poller) = up();
+        for add in [Driver::add, Driver::add_indirect] {
+            let head = add(
+                &mut driver,
+                0,
+                &[Buffer::Writable(100), Buffer::Writable(28)],
+            );
+            driver.kick(0);
+            let used = driver.wait_used(0, Some(&poller));
+            assert_eq!((used.head, used.len), (head, 128));
+            assert!(used.data.iter().any(|byte| *byte != used.data[0]));
+        }
+        assert_eq!(driver.interrupts(0), 2);
+        assert_eq!(driver.status(), 0x0f);
+    }
+
+    #[test]
+    fn one_request_makes_at_most_64_kib() {
+        // B2.6, V17.
+        let (mut driver, poller) = up();
+        driver.add(0, &[Buffer::Writable(4 << 20)]);
+        driver.kick(0);
+        assert_eq!(driver.wait_used(0, Some(&poller)).len, 64 * 1024);
+    }
+
+    #[test]
+    fn a_chain_without_room_comes_back_empty() {
+        let (mut driver, poller) = up();
+        driver.add(0, &[Buffer::Readable(b"hello")]);
+        driver.kick(0);
+        assert_eq!(driver.wait_used(0, Some(&poller)).len, 0);
+    }
+
+    #[test]
+    fn a_broken_chain_asks_for_a_reset_and_a_reset_mends_it() {
+        let (mut driver, poller) = up();
+        let outside = RawDescriptor {
+            addr: 1 << 40,
+            len: 16,
+            flags: 2,
+            next: 0,
+        };
+        driver.add_raw(0, 0, &[outside]);
+        driver.kick(0);
+        poller.turn(Some(Duration::ZERO)).unwrap();
+        assert!(driver.needs_reset());
+        assert_eq!(driver.config_interrupts(), 1);
+        assert_eq!(driver.used_index(0), 0);
+        driver.kick(0);
+        poller.turn(Some(Duration::ZERO)).unwrap();
+        driver.reset();
+        assert_eq!(driver.status(), 0);
+        driver.negotiate(0);
+        driver.setup_queue(0, 8);
+        driver.start();
+        driver.add(0, &[Buffer::Writable(8)]);
+        driver.kick(0);
+        assert_eq!(driver.wait_used(0, Some(&poller)).len, 8);
+    }
+
+    #[test]
+    fn without_its_queue_it_asks_for_a_reset() {
+        // B2.10.
+        let poller = Arc::new(Poller::new().unwrap());
+        let mut driver = Driver::new(Box::new(Rng::new(poller.clone())));
+        driver.negotiate(0);
+        driver.start();
+        assert_eq!(driver.status(), 0x4f);
+        assert!(driver.transport.take_failure().is_some());
+        driver.reset();
+        assert_eq!((driver.status(), poller.watched()), (0, 0));
+    }
+
+    #[test]
+    fn after_a_reset_nothing_is_watched_and_nothing_is_written() {
+        let (mut driver, poller) = up();
+        driver.add(0, &[Buffer::Writable(64)]);
+        driver.kick(0);
+        driver.set_status(0);
+        assert_eq!(driver.status(), 0);
+        assert_eq!(poller.watched(), 0);
+        poller.turn(Some(Duration::ZERO)).unwrap();
+        assert_eq!(driver.used_index(0), 0);
+        assert_eq!(driver.interrupts(0), 0);
+    }
+}
