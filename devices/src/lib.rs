@@ -8,9 +8,12 @@
 
 pub mod bus;
 pub mod event;
+pub mod i8042;
 pub mod machine;
 pub mod pci;
+pub mod pvpanic;
 pub mod rng;
+pub mod serial;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod virtio;

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-/// A request of the guest that ends or changes the run of its machine.
+/// A request of the guest that ends the run of its machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum MachineEvent {
     /// The guest asked for a reset (i8042 command 0xFE).
@@ -12,8 +12,6 @@ pub enum MachineEvent {
     PowerOff,
     /// The guest's kernel said that it panicked (pvpanic `PVPANIC_PANICKED`).
     Panicked,
-    /// The guest's kernel panicked and goes on to load its crash kernel (pvpanic `PVPANIC_CRASH_LOADED`).
-    CrashLoaded,
 }
 
 /// Where a device puts a [`MachineEvent`]. Called on the vCPU thread that made the access, as often as the
