@@ -193,6 +193,14 @@ impl Packet {
         }
     }
 
+    /// Length of its payload in bytes.
+    pub fn payload_bytes(&self) -> usize {
+        match self.op {
+            Op::Data(len) => len as usize,
+            _ => 0,
+        }
+    }
+
     /// The header of this packet when the host sends it.
     pub fn encode(&self, guest_cid: u64) -> [u8; HEADER_BYTES] {
         let (op, flags, len) = match self.op {
