@@ -1,0 +1,360 @@
+//! How a machine is put together, in the order in which it happens: the configuration, the process's own
+//! namespaces, memory, KVM, devices, the guest's software, vCPUs, the jail, the threads.
+//!
+//! Everything that opens a path happens before [`jail::enter`]; the guest runs only after the last filter.
+
+use crate::arch::cpuid::{self, Cpu};
+use crate::arch::{mptable, registers};
+use crate::boot::{self, BootError, Entry, Guest};
+use crate::end::{End, Ends};
+use crate::inherit::Inherited;
+use crate::jail::{self, JailError};
+use crate::kvm::irq::Messages;
+use crate::kvm::vcpu::Vcpu;
+use crate::kvm::vm::Vm;
+use crate::kvm::{self, KvmError};
+use crate::layout;
+use crate::machine::{Machine, StopSignals, machine_events};
+use crate::memory::{self, MemoryError};
+use crate::record::Phases;
+use crate::seccomp::{self, Filter, FilterError, ThreadKind};
+use crate::vcpus::{Buses, Vcpus, VcpusError};
+use capsid_devices::GuestMemory;
+use capsid_devices::bus::{Bus, BusDevice, BusError};
+use capsid_devices::event::Poller;
+use capsid_devices::i8042::{I8042, I8042_PORT, I8042_PORT_BYTES};
+use capsid_devices::pci::{
+    CONFIG_PORT, CONFIG_PORT_BYTES, LayoutError, PciFunction, PciRoot, SlotError,
+};
+use capsid_devices::pvpanic::{PVPANIC_BAR_BYTES, PvPanic};
+use capsid_devices::rng::Rng;
+use capsid_devices::serial::{SERIAL_IRQ, SERIAL_PORT, SERIAL_PORT_BYTES, Serial};
+use capsid_devices::virtio::device::VirtioDevice;
+use capsid_devices::virtio::pci::{BAR_BYTES, TransportError, VirtioPci};
+use capsid_protocol::exit::VmmExit;
+use capsid_protocol::machine::MachineConfig;
+use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+use kvm_ioctls::{Cap, Kvm};
+use std::io;
+use std::sync::Arc;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Guest-physical address space that each PCI slot gets for its BAR, in bytes.
+const SLOT_WINDOW_BYTES: u64 = 0x8000;
+
+const _: () = {
+    assert!(BAR_BYTES as u64 <= SLOT_WINDOW_BYTES && PVPANIC_BAR_BYTES as u64 <= SLOT_WINDOW_BYTES);
+    assert!(32 * SLOT_WINDOW_BYTES <= layout::PCI_WINDOW_BYTES);
+    assert!(SERIAL_PORT == layout::SERIAL_PORT && SERIAL_IRQ == layout::SERIAL_GSI);
+};
+
+/// Why a machine could not be put together.
+#[derive(Debug, thiserror::Error)]
+pub enum AssembleError {
+    /// Memory.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// Kernel, initramfs, command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// The MP table does not fit; a defect.
+    #[error("cannot write the tables of the machine into guest memory")]
+    Tables(#[source] vm_memory::GuestMemoryError),
+    /// The event loop or an eventfd.
+    #[error("cannot {what}")]
+    Host {
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        cause: io::Error,
+    },
+    /// Two devices in one place; a defect of the layout.
+    #[error("cannot place a device on its bus")]
+    Bus(#[from] BusError),
+    /// A slot taken twice; a defect.
+    #[error("cannot place a device on the PCI bus")]
+    Slot(#[from] SlotError),
+    /// A device's configuration space; a defect.
+    #[error("cannot lay out a PCI device")]
+    Layout(#[from] LayoutError),
+    /// A virtio device.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The jail.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// A filter.
+    #[error(transparent)]
+    Filter(#[from] FilterError),
+    /// The vCPU threads.
+    #[error(transparent)]
+    Vcpus(#[from] VcpusError),
+}
+
+impl AssembleError {
+    /// The exit code that goes with it.
+    pub fn exit(&self) -> VmmExit {
+        match self {
+            AssembleError::Memory(_) | AssembleError::Tables(_) => VmmExit::Memory,
+            AssembleError::Kvm(_) => VmmExit::KvmUnavailable,
+            AssembleError::Boot(_) => VmmExit::BadKernel,
+            AssembleError::Host { .. }
+            | AssembleError::Bus(_)
+            | AssembleError::Slot(_)
+            | AssembleError::Layout(_)
+            | AssembleError::Transport(_) => VmmExit::Device,
+            AssembleError::Jail(_)
+            | AssembleError::Filter(_)
+            | AssembleError::Vcpus(VcpusError::Filter(_)) => VmmExit::Jail,
+            AssembleError::Vcpus(_) => VmmExit::VcpuLost,
+        }
+    }
+
+    /// The end that goes with it.
+    pub fn end(&self) -> End {
+        End::from_error(self.exit(), self)
+    }
+}
+
+fn host(what: &'static str) -> impl Fn(io::Error) -> AssembleError {
+    move |cause| AssembleError::Host { what, cause }
+}
+
+/// Puts the machine together. When this returns, the calling thread is jailed and filtered, all vCPUs wait,
+/// and nothing is left to do but [`Machine::run`].
+///
+/// # Errors
+/// The first part that could not be had.
+pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, AssembleError> {
+    let config = &inherited.config;
+    let signals = StopSignals::new().map_err(host("take over SIGTERM"))?;
+    let parent = jail::isolate()?;
+    phases.ended("config");
+
+    let memory = memory::map(config.memory_mib)?;
+    phases.ended("memory");
+
+    let kvm = kvm::open()?;
+    let vm = Vm::new(&kvm, Arc::clone(&memory))?;
+    let vcpus = make_vcpus(&kvm, &vm, config)?;
+    phases.ended("kvm");
+
+    let ends = Ends::new().map_err(host("make the eventfd of the end"))?;
+    let poller = Arc::new(Poller::new().map_err(host("make the event loop"))?);
+    let mut board = Board::new(&vm, &memory);
+    let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
+    board.add_pvpanic(&ends)?;
+    board.add_virtio("virtio-rng", Box::new(Rng::new(poller.clone())))?;
+    let buses = board.finish()?;
+    phases.ended("devices");
+
+    let entry = boot::load(
+        &memory,
+        config.memory_mib,
+        &Guest {
+            kernel: &inherited.kernel,
+            initramfs: inherited.initramfs.as_ref(),
+            cmdline: &config.cmdline,
+            serial: config.serial.is_some(),
+        },
+    )?;
+    let vcpus = configure_vcpus(&memory, vcpus, config, &entry)?;
+    phases.ended("load");
+
+    let filter = Arc::new(seccomp::compile(ThreadKind::Vcpu)?);
+    let own_filter = seccomp::compile(ThreadKind::Main)?;
+    let dies_with_parent = config.vsock.is_none().then_some(parent);
+    jail::enter(config.jail, dies_with_parent)?;
+    let vcpus = Vcpus::start(vcpus, &buses, &ends, phases, &filter)?;
+    confine_main(&own_filter)?;
+    phases.ended("jail");
+
+    Ok(Machine {
+        poller,
+        ends,
+        vcpus,
+        serial,
+        signals,
+        power_off: None,
+        phases: phases.clone(),
+    })
+}
+
+fn confine_main(filter: &Filter) -> Result<(), AssembleError> {
+    Ok(seccomp::confine(filter)?)
+}
+
+/// vCPUs with the CPUID leaves of each.
+struct Prepared {
+    vcpus: Vec<Vcpu>,
+    leaves: Vec<Vec<kvm_bindings::kvm_cpuid_entry2>>,
+}
+
+fn make_vcpus(kvm: &Kvm, vm: &Vm, config: &MachineConfig) -> Result<Prepared, AssembleError> {
+    let count = config.cpus.get();
+    let max = kvm.get_max_vcpus();
+    if usize::from(count) > max {
+        return Err(KvmError::TooManyCpus { max, asked: count }.into());
+    }
+    let supported = kvm
+        .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm::failed("KVM_GET_SUPPORTED_CPUID"))?;
+    let tsc_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+    let mut prepared = Prepared {
+        vcpus: Vec::with_capacity(usize::from(count)),
+        leaves: Vec::with_capacity(usize::from(count)),
+    };
+    for index in 0..count {
+        let vcpu = Vcpu::new(vm, index)?;
+        let cpu = Cpu {
+            index,
+            count,
+            // Without an answer the guest measures for itself.
+            tsc_khz: vcpu.tsc_khz().unwrap_or(0),
+            tsc_deadline,
+        };
+        prepared.vcpus.push(vcpu);
+        prepared
+            .leaves
+            .push(cpuid::for_cpu(supported.as_slice(), cpu));
+    }
+    let bits = cpuid::physical_address_bits(supported.as_slice());
+    memory::refuse_wider_than(bits, config.memory_mib)?;
+    Ok(prepared)
+}
+
+fn configure_vcpus(
+    memory: &GuestMemory,
+    prepared: Prepared,
+    config: &MachineConfig,
+    entry: &Entry,
+) -> Result<Vec<Vcpu>, AssembleError> {
+    for (index, (vcpu, leaves)) in prepared.vcpus.iter().zip(&prepared.leaves).enumerate() {
+        vcpu.configure(leaves, (index == 0).then_some(entry))?;
+        if index == 0 {
+            let cpu = cpuid::signature(leaves);
+            let table = mptable::table(config.cpus.get(), cpu);
+            let gdt: Vec<u8> = registers::gdt()
+                .iter()
+                .flat_map(|entry| entry.to_le_bytes())
+                .collect();
+            memory
+                .write_slice(&table, GuestAddress(layout::MP_TABLE))
+                .and_then(|()| memory.write_slice(&gdt, GuestAddress(layout::GDT_START)))
+                .map_err(AssembleError::Tables)?;
+        }
+    }
+    Ok(prepared.vcpus)
+}
+
+/// The buses while devices are put on them.
+struct Board<'a> {
+    vm: &'a Vm,
+    memory: &'a GuestMemory,
+    port: Bus,
+    mmio: Bus,
+    pci: Arc<PciRoot>,
+    next_slot: u8,
+}
+
+impl<'a> Board<'a> {
+    fn new(vm: &'a Vm, memory: &'a GuestMemory) -> Board<'a> {
+        Board {
+            vm,
+            memory,
+            port: Bus::new(),
+            mmio: Bus::new(),
+            pci: Arc::new(PciRoot::new()),
+            next_slot: 1,
+        }
+    }
+
+    /// The serial port and the keyboard controller.
+    fn add_legacy(
+        &mut self,
+        output: Option<std::os::fd::OwnedFd>,
+        ends: &Ends,
+        poller: &Arc<Poller>,
+    ) -> Result<Arc<Serial>, AssembleError> {
+        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
+            .map_err(host("make the interrupt of the serial port"))?;
+        self.vm.add_irqfd(&line, layout::SERIAL_GSI)?;
+        let line = Some(Arc::new(line));
+        let serial = Arc::new(match output {
+            Some(fd) => Serial::with_output(line, fd, poller.clone()),
+            None => Serial::new(line),
+        });
+        self.port
+            .insert(SERIAL_PORT, SERIAL_PORT_BYTES, serial.clone())?;
+        let keyboard = Arc::new(I8042::new(machine_events(ends.clone())));
+        self.port.insert(I8042_PORT, I8042_PORT_BYTES, keyboard)?;
+        Ok(serial)
+    }
+
+    fn add_pvpanic(&mut self, ends: &Ends) -> Result<(), AssembleError> {
+        let (slot, address) = self.slot();
+        let pvpanic = Arc::new(PvPanic::new(address, machine_events(ends.clone()))?);
+        self.add_function(
+            slot,
+            address,
+            u64::from(PVPANIC_BAR_BYTES),
+            pvpanic.clone(),
+            pvpanic,
+        )
+    }
+
+    /// A virtio device in the next slot, its interrupts and its kicks.
+    fn add_virtio(
+        &mut self,
+        name: &'static str,
+        device: Box<dyn VirtioDevice>,
+    ) -> Result<(), AssembleError> {
+        let (slot, address) = self.slot();
+        // One vector a queue and one for the configuration.
+        let vectors = device.queue_sizes().len() as u16 + 1;
+        let routes = Arc::new(Messages::new(self.vm.clone(), vectors));
+        let transport = VirtioPci::new(name, device, Arc::clone(self.memory), routes, address)?;
+        for notify in transport.notify_addresses() {
+            self.vm.add_ioeventfd(notify.address, &notify.kick)?;
+        }
+        let transport = Arc::new(transport);
+        self.add_function(
+            slot,
+            address,
+            u64::from(BAR_BYTES),
+            transport.clone(),
+            transport,
+        )
+    }
+
+    fn add_function(
+        &mut self,
+        slot: u8,
+        address: u64,
+        bytes: u64,
+        function: Arc<dyn PciFunction>,
+        bar: Arc<dyn BusDevice>,
+    ) -> Result<(), AssembleError> {
+        self.mmio.insert(address, bytes, bar)?;
+        Ok(self.pci.insert(slot, function)?)
+    }
+
+    fn slot(&mut self) -> (u8, u64) {
+        let slot = self.next_slot;
+        self.next_slot += 1;
+        (slot, layout::PCI_WINDOW + u64::from(slot) * SLOT_WINDOW_BYTES)
+    }
+
+    fn finish(mut self) -> Result<Arc<Buses>, AssembleError> {
+        self.port.insert(CONFIG_PORT, CONFIG_PORT_BYTES, self.pci)?;
+        Ok(Arc::new(Buses {
+            port: self.port,
+            mmio: self.mmio,
+        }))
+    }
+}

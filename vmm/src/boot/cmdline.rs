@@ -1,0 +1,96 @@
+//! The guest kernel's command line: what this machine needs, then what the configuration adds.
+
+use super::error::BootError;
+use std::ffi::CString;
+
+/// Parameters that every guest gets, each with its reason.
+const ALWAYS: &[&str] = &[
+    // Reset by the keyboard controller, at once, after a panic: the VMM sees both.
+    "reboot=k",
+    "panic=-1",
+    // kvm-clock says what the TSC does; no watchdog has to find out.
+    "tsc=reliable",
+    "no_timer_check",
+    // What this machine has not is not looked for.
+    "acpi=off",
+    "i8042.noaux",
+    "i8042.nomux",
+    "i8042.nopnp",
+    "i8042.dumbkbd",
+    "pci=conf1,lastbus=0",
+    "swiotlb=noforce",
+    // The crypto self-tests are for kernels whose build nobody tested.
+    "cryptomgr.notests",
+    // Seed from RDRAND until virtio-rng is there; the host sees all memory anyway.
+    "random.trust_cpu=1",
+    // Waiting for a grace period is most of what a boot waits for.
+    "rcupdate.rcu_expedited=1",
+];
+
+/// Without a serial port: nothing is printed until a panic, which goes to the VMM's ring by the simplest
+/// driver there is.
+const SILENT: &[&str] = &["earlycon=uart8250,io,0x3f8", "keep_bootcon", "loglevel=1"];
+
+/// With a serial port that somebody reads: a console on it.
+const CONSOLE: &[&str] = &["console=ttyS0", "8250.nr_uarts=1"];
+
+/// Puts the command line together. `serial` says whether somebody reads the serial port, `extra` comes
+/// last and so has the last word; `max_bytes` counts the NUL.
+///
+/// # Errors
+/// It is too long for the kernel.
+pub fn assemble(serial: bool, extra: &str, max_bytes: usize) -> Result<CString, BootError> {
+    let console = if serial { CONSOLE } else { SILENT };
+    let mut words: Vec<&str> = ALWAYS.iter().chain(console).copied().collect();
+    if !extra.is_empty() {
+        words.push(extra);
+    }
+    let line = words.join(" ");
+    let bytes = line.len() + 1;
+    if bytes > max_bytes {
+        return Err(BootError::Cmdline {
+            bytes,
+            max: max_bytes,
+        });
+    }
+    // The configuration's parser refused control characters, NUL among them.
+    CString::new(line).map_err(|_| BootError::Cmdline {
+        bytes,
+        max: max_bytes,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout;
+    use capsid_protocol::machine::CMDLINE_MAX_BYTES;
+
+    #[test]
+    fn what_the_configuration_adds_comes_last() {
+        let line = assemble(false, "init=/x loglevel=7", 2048).unwrap();
+        assert!(line.to_str().unwrap().ends_with(" init=/x loglevel=7"));
+    }
+
+    #[test]
+    fn a_console_is_named_only_when_somebody_reads_it() {
+        let silent = assemble(false, "", 2048).unwrap();
+        assert!(!silent.to_str().unwrap().contains("console=ttyS0"));
+        let loud = assemble(true, "", 2048).unwrap();
+        assert!(loud.to_str().unwrap().contains("console=ttyS0"));
+    }
+
+    #[test]
+    fn the_longest_extra_line_of_a_configuration_always_fits() {
+        let extra = "x".repeat(CMDLINE_MAX_BYTES);
+        for serial in [false, true] {
+            assemble(serial, &extra, layout::CMDLINE_BYTES as usize).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_line_too_long_for_the_kernel_is_refused_with_both_lengths() {
+        let error = assemble(false, "x", 16).unwrap_err().to_string();
+        assert!(error.contains("at most 16 fit"), "{error}");
+    }
+}

@@ -1,0 +1,174 @@
+//! The jail: what the process gives up, always and in every build, before the guest runs its first instruction.
+//!
+//! Two steps, because the file system's threads start between them and inherit what the process is by then:
+//! [`isolate`] first of all (network, IPC and host name of its own), [`enter`] last (empty root, the
+//! configured user and group, no capability, no new privileges, limits). Behind that comes only seccomp.
+//!
+//! The PID namespace is the owner's to give, by cloning this program into one: a process cannot move itself,
+//! and after `unshare(CLONE_NEWPID)` it could start no thread. What it would hide, other processes, is out
+//! of reach here by seccomp (no signal but to our own threads) and by the empty root (no /proc).
+//!
+//! If any part cannot be had, the VM does not start.
+
+use capsid_protocol::machine::JailConfig;
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::CWD;
+use rustix::io::Errno;
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
+};
+use rustix::process::{
+    DumpableBehavior, Resource, Rlimit, Signal, fchdir, getppid, pivot_root,
+    set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
+};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
+    remove_capability_from_bounding_set, set_capabilities, set_no_new_privs, set_thread_groups,
+    set_thread_res_gid, set_thread_res_uid,
+};
+
+/// The most fds that the process may have open: its own, those of the guest's connections and those of
+/// its shares.
+pub const OPEN_FILES_MAX: u64 = 16 * 1024;
+
+/// A part of the jail that could not be set up.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot {step}; the VMM must start as root with CAP_SYS_ADMIN, and it never runs a guest unjailed")]
+pub struct JailError {
+    step: &'static str,
+    #[source]
+    cause: Errno,
+}
+
+fn step<T>(step: &'static str, result: Result<T, Errno>) -> Result<T, JailError> {
+    result.map_err(|cause| JailError { step, cause })
+}
+
+fn new_namespaces(what: &'static str, flags: CloneFlags) -> Result<(), JailError> {
+    let result = unshare(flags).map_err(|errno| Errno::from_raw_os_error(errno as i32));
+    step(what, result)
+}
+
+/// The parent when the process began, to notice its death.
+#[derive(Clone, Copy)]
+pub struct Parent(Option<rustix::process::Pid>);
+
+/// Leaves the host's network, IPC objects and host name. The first thing of all, with one thread.
+///
+/// # Errors
+/// The kernel refused.
+pub fn isolate() -> Result<Parent, JailError> {
+    let parent = Parent(getppid());
+    new_namespaces(
+        "enter network, IPC and UTS namespaces of its own",
+        CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS,
+    )?;
+    Ok(parent)
+}
+
+/// Closes the rest: root, user, capabilities, privileges, limits. For the calling thread and those that it
+/// starts from now on. `parent` is given if the process must end with it; with an owner channel that
+/// channel says so.
+///
+/// # Errors
+/// The kernel refused a part.
+pub fn enter(jail: JailConfig, parent: Option<Parent>) -> Result<(), JailError> {
+    limit_resources()?;
+    enter_empty_root()?;
+    become_nobody(jail)?;
+    step("refuse new privileges", set_no_new_privs(true))?;
+    step(
+        "become undumpable",
+        set_dumpable_behavior(DumpableBehavior::NotDumpable),
+    )?;
+    if let Some(Parent(parent)) = parent {
+        // Behind the change of user, which clears it.
+        step(
+            "ask for a signal at the death of its parent",
+            set_parent_process_death_signal(Some(Signal::KILL)),
+        )?;
+        if getppid() != parent {
+            return step("find its parent alive", Err(Errno::SRCH));
+        }
+    }
+    Ok(())
+}
+
+fn limit_resources() -> Result<(), JailError> {
+    let limits = [
+        ("forbid core dumps", Resource::Core, 0),
+        ("limit open files", Resource::Nofile, OPEN_FILES_MAX),
+        ("forbid locked memory", Resource::Memlock, 0),
+        ("forbid message queues", Resource::Msgqueue, 0),
+    ];
+    for (what, resource, most) in limits {
+        let limit = Rlimit {
+            current: Some(most),
+            maximum: Some(most),
+        };
+        step(what, setrlimit(resource, limit))?;
+    }
+    Ok(())
+}
+
+/// A mount namespace whose one mount is an empty, read-only tmpfs.
+fn enter_empty_root() -> Result<(), JailError> {
+    new_namespaces("enter a mount namespace of its own", CloneFlags::CLONE_NEWNS)?;
+    step(
+        "cut its mounts off from the host's",
+        mount_change(
+            "/",
+            MountPropagationFlags::PRIVATE | MountPropagationFlags::REC,
+        ),
+    )?;
+    let root = || {
+        let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+        fsconfig_set_string(&tmpfs, "size", "4k")?;
+        fsconfig_set_string(&tmpfs, "nr_inodes", "1")?;
+        fsconfig_set_string(&tmpfs, "mode", "0555")?;
+        fsconfig_create(&tmpfs)?;
+        let nothing_happens_here = MountAttrFlags::MOUNT_ATTR_RDONLY
+            | MountAttrFlags::MOUNT_ATTR_NOSUID
+            | MountAttrFlags::MOUNT_ATTR_NODEV
+            | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+        let root = fsmount(&tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, nothing_happens_here)?;
+        move_mount(
+            &root,
+            "",
+            CWD,
+            "/",
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )?;
+        fchdir(&root)?;
+        // The old root is stacked onto the new one at "." and taken away from there (pivot_root(2)).
+        pivot_root(".", ".")?;
+        unmount(".", UnmountFlags::DETACH)?;
+        rustix::process::chdir("/")
+    };
+    step("move into an empty root", root())
+}
+
+fn become_nobody(jail: JailConfig) -> Result<(), JailError> {
+    // These are of the calling thread: the file system's threads keep what they chose for themselves.
+    step("clear ambient capabilities", clear_ambient_capability_set())?;
+    for bit in 0..u64::BITS {
+        let capability = CapabilitySet::from_bits_retain(1 << bit);
+        match remove_capability_from_bounding_set(capability) {
+            Ok(()) => {}
+            // The first number that this kernel has no capability for.
+            Err(Errno::INVAL) if bit > 0 => break,
+            result => step("empty the capability bounding set", result)?,
+        }
+    }
+    let (uid, gid) = (Uid::from_raw(jail.uid), Gid::from_raw(jail.gid));
+    step("drop supplementary groups", set_thread_groups(&[]))?;
+    step("change its group", set_thread_res_gid(gid, gid, gid))?;
+    step("change its user", set_thread_res_uid(uid, uid, uid))?;
+    let none = CapabilitySets {
+        effective: CapabilitySet::empty(),
+        permitted: CapabilitySet::empty(),
+        inheritable: CapabilitySet::empty(),
+    };
+    step("drop its capabilities", set_capabilities(None, none))
+}

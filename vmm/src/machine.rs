@@ -1,0 +1,186 @@
+//! A machine that runs: the event loop of the main thread, from the first instruction of the guest to the
+//! end of the run.
+
+use crate::end::{End, Ends};
+use crate::record::{ExitCounts, Phases};
+use crate::vcpus::Vcpus;
+use capsid_devices::event::{EventLoop, Interest, Poller, Readiness, Subscriber};
+use capsid_devices::serial::Serial;
+use capsid_protocol::exit::VmmExit;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+/// How long a guest that was asked to power off may take, in ms; then the VM ends all the same.
+pub const STOP_GRACE_MS: u64 = 10_000;
+/// Turns of the event loop that are given to what the guest left in the queues when it ended.
+const DRAIN_TURNS_MAX: usize = 1024;
+/// How long a slow reader of the serial port may hold up the end, in ms.
+const SERIAL_FLUSH_TIMEOUT_MS: u64 = 100;
+
+const READ: Interest = Interest {
+    readable: true,
+    writable: false,
+};
+
+/// How the guest is asked to power itself off.
+pub trait PowerOff {
+    /// Asks; false if the guest cannot be asked.
+    fn power_off(&mut self) -> bool;
+}
+
+/// A machine with all its parts, ready to run.
+pub struct Machine {
+    /// What the devices and the main thread wait for.
+    pub poller: Arc<Poller>,
+    /// Where the end is reported.
+    pub ends: Ends,
+    /// The vCPU threads, confined and waiting.
+    pub vcpus: Vcpus,
+    /// The serial port, for its last lines.
+    pub serial: Arc<Serial>,
+    /// SIGTERM and SIGINT.
+    pub signals: StopSignals,
+    /// The way to the guest, if there is one.
+    pub power_off: Option<Box<dyn PowerOff>>,
+    /// Times, for the report.
+    pub phases: Phases,
+}
+
+/// What is left of a machine when it has ended.
+pub struct Ended {
+    /// Why.
+    pub end: End,
+    /// The last lines of the guest's console.
+    pub console: Vec<String>,
+    /// Exits to userspace of each vCPU.
+    pub counts: Vec<ExitCounts>,
+}
+
+/// Lines of the guest's console that go with an error.
+const CONSOLE_LINES: usize = 20;
+
+impl Machine {
+    /// Runs the guest until it, its owner or a signal ends it, or a defect does.
+    pub fn run(mut self) -> Ended {
+        let end = match self.wait() {
+            Ok(end) => end,
+            Err(cause) => {
+                let why = format!("the event loop failed: {cause}");
+                End::new(VmmExit::Internal, why)
+            }
+        };
+        self.phases.ended("end");
+        // Bounded; a thread that does not answer is left to the end of the process.
+        self.vcpus.stop();
+        self.drain();
+        self.serial
+            .flush(Duration::from_millis(SERIAL_FLUSH_TIMEOUT_MS));
+        Ended {
+            end,
+            console: self.serial.last_lines(CONSOLE_LINES),
+            counts: self.vcpus.counts(),
+        }
+    }
+
+    fn wait(&mut self) -> io::Result<End> {
+        let wake: Arc<Mutex<dyn Subscriber>> = Arc::new(Mutex::new(Wake));
+        self.poller
+            .watch(self.ends.as_raw_fd(), READ, 0, Arc::clone(&wake))?;
+        self.poller
+            .watch(self.signals.0.as_raw_fd(), READ, 0, wake)?;
+        self.vcpus.release();
+        let mut deadline: Option<Instant> = None;
+        loop {
+            if let Some(end) = self.ends.get() {
+                return Ok(end);
+            }
+            if let Some(signal) = self.signals.take()? {
+                let stopped = |how: &str| Ok(End::new(VmmExit::Stopped, format!("{signal}, {how}")));
+                if deadline.is_some() {
+                    return stopped("twice");
+                }
+                if !self.ask_guest() {
+                    return stopped("and the guest cannot be asked to power off");
+                }
+                deadline = Some(Instant::now() + Duration::from_millis(STOP_GRACE_MS));
+            }
+            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            if left == Some(Duration::ZERO) {
+                let why = format!("the guest did not power off within {STOP_GRACE_MS} ms");
+                return Ok(End::new(VmmExit::Stopped, why));
+            }
+            self.poller.turn(left)?;
+        }
+    }
+
+    fn ask_guest(&mut self) -> bool {
+        self.power_off
+            .as_mut()
+            .is_some_and(|guest| guest.power_off())
+    }
+
+    /// Serves what the guest left in its queues, so that its last words reach the owner.
+    fn drain(&self) {
+        self.poller.forget(self.ends.as_raw_fd());
+        self.poller.forget(self.signals.0.as_raw_fd());
+        for _ in 0..DRAIN_TURNS_MAX {
+            match self.poller.turn(Some(Duration::ZERO)) {
+                Ok(0) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+}
+
+/// Wakes the loop; what it was woken for, the loop looks up itself.
+struct Wake;
+
+impl Subscriber for Wake {
+    fn ready(&mut self, _token: u64, _readiness: Readiness) {}
+}
+
+/// SIGTERM and SIGINT, as an fd.
+pub struct StopSignals(SignalFd);
+
+impl StopSignals {
+    /// Blocks both for this thread and those that it starts, so that only the fd tells of them. To be
+    /// called before any thread is started.
+    ///
+    /// # Errors
+    /// The kernel gave no signalfd.
+    pub fn new() -> io::Result<StopSignals> {
+        let mut set = SigSet::empty();
+        set.add(Signal::SIGTERM);
+        set.add(Signal::SIGINT);
+        set.thread_block()?;
+        let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+        Ok(StopSignals(SignalFd::with_flags(&set, flags)?))
+    }
+
+    /// The name of a signal that came, if one did.
+    fn take(&mut self) -> io::Result<Option<&'static str>> {
+        let signal = self.0.read_signal()?;
+        Ok(signal.map(|signal| match i32::try_from(signal.ssi_signo) {
+            Ok(libc::SIGINT) => "SIGINT",
+            _ => "SIGTERM",
+        }))
+    }
+}
+
+/// What the guest asks of the machine, as an end.
+pub fn machine_events(ends: Ends) -> capsid_devices::machine::MachineEvents {
+    use capsid_devices::machine::MachineEvent;
+    Arc::new(move |event| {
+        let (exit, why) = match event {
+            MachineEvent::PowerOff => (VmmExit::PowerOff, "the guest powered off"),
+            MachineEvent::Reset => (VmmExit::Reset, "by the keyboard controller"),
+            MachineEvent::Panicked => (VmmExit::GuestPanic, "pvpanic reports a kernel panic"),
+        };
+        ends.report(End::new(exit, why));
+    })
+}
+

@@ -1,0 +1,232 @@
+//! The guest's memory: one anonymous memfd, mapped once or, around the 3 to 4 GiB hole, twice.
+//!
+//! A memfd, so that a template's memory can later be handed to its clones as a file. Not in core dumps:
+//! it is the guest's. Huge pages are asked for, and the mapping is aligned so that they can be used by
+//! the host's and by the nested page tables alike.
+//!
+//! A size that this host could never back is refused here, in one sentence: the kernel would hand the
+//! memfd out all the same and kill us with SIGBUS when it is used up.
+#![allow(unsafe_code)] // mmap: there is no safe way to have memory that a guest writes to.
+
+use crate::layout;
+use capsid_devices::GuestMemory;
+use capsid_protocol::machine::MemoryMib;
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+
+/// Size and alignment of a huge page of x86-64, in bytes.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Why the guest's memory could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// More than the host has.
+    #[error("{asked_mib} MiB of guest memory: this host has only {host_mib} MiB; ask for less")]
+    TooMuch {
+        /// What the configuration says, in MiB.
+        asked_mib: u64,
+        /// Memory and swap of the host, in MiB.
+        host_mib: u64,
+    },
+    /// Guest-physical addresses beyond what the CPU can translate.
+    #[error("{asked_mib} MiB of guest memory: this CPU addresses only {bits} bits; ask for less")]
+    TooWide {
+        /// What the configuration says, in MiB.
+        asked_mib: u64,
+        /// Physical address bits of the guest's CPU.
+        bits: u32,
+    },
+    /// The kernel refused.
+    #[error("cannot {what} {mib} MiB of guest memory")]
+    Kernel {
+        /// What was being done.
+        what: &'static str,
+        /// Size, in MiB.
+        mib: u64,
+        /// Its answer.
+        #[source]
+        cause: Errno,
+    },
+    /// Regions that overlap or wrap; a defect of the layout.
+    #[error("guest memory layout of {mib} MiB is not valid")]
+    Layout {
+        /// Size, in MiB.
+        mib: u64,
+    },
+}
+
+/// Maps guest memory of this size. Nothing of it is backed yet: pages come on first touch.
+///
+/// The mapping lasts as long as the process. One process runs one VM, and threads of devices hold the
+/// memory by clones of the `Arc`: nobody must ever find a page of it gone.
+///
+/// # Errors
+/// The host cannot back it, or refused the mapping.
+pub fn map(size: MemoryMib) -> Result<GuestMemory, MemoryError> {
+    refuse_more_than(host_mib(), size)?;
+    let mib = size.get();
+    let kernel = |what| move |cause| MemoryError::Kernel { what, mib, cause };
+    let file = memfd_create(c"guest-memory", MemfdFlags::CLOEXEC).map_err(kernel("create"))?;
+    ftruncate(&file, size.bytes()).map_err(kernel("size"))?;
+    let mut regions = Vec::with_capacity(2);
+    let mut offset = 0;
+    for range in layout::memory_ranges(size.bytes()) {
+        let length = range.end - range.start;
+        let region = map_region(&file, offset, length).map_err(kernel("map"))?;
+        offset += length;
+        let region = GuestRegionMmap::new(region, GuestAddress(range.start));
+        regions.push(region.ok_or(MemoryError::Layout { mib })?);
+    }
+    match GuestMemoryMmap::from_regions(regions) {
+        Ok(memory) => Ok(Arc::new(memory)),
+        Err(_) => Err(MemoryError::Layout { mib }),
+    }
+}
+
+/// Refuses memory that ends beyond the guest CPU's physical addresses.
+///
+/// # Errors
+/// It does.
+pub fn refuse_wider_than(bits: u32, size: MemoryMib) -> Result<(), MemoryError> {
+    let end = layout::memory_ranges(size.bytes())
+        .last()
+        .map_or(0, |range| range.end);
+    if bits < u64::BITS && end > 1 << bits {
+        return Err(MemoryError::TooWide {
+            asked_mib: size.get(),
+            bits,
+        });
+    }
+    Ok(())
+}
+
+fn refuse_more_than(host_mib: u64, size: MemoryMib) -> Result<(), MemoryError> {
+    if size.get() > host_mib {
+        return Err(MemoryError::TooMuch {
+            asked_mib: size.get(),
+            host_mib,
+        });
+    }
+    Ok(())
+}
+
+/// All the memory and swap of the host. What of it is free at this moment says little: the page cache
+/// gives way, and a guest touches its memory slowly if ever.
+fn host_mib() -> u64 {
+    let info = rustix::system::sysinfo();
+    let units = info.totalram.saturating_add(info.totalswap);
+    units.saturating_mul(u64::from(info.mem_unit)) >> 20
+}
+
+fn map_region(file: &OwnedFd, offset: u64, bytes: u64) -> Result<MmapRegion, Errno> {
+    let bytes = usize::try_from(bytes).map_err(|_| Errno::NOMEM)?;
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+    // Reserve one huge page more than needed, find the aligned place in it, give back what sticks out.
+    let reserved_bytes = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(Errno::NOMEM)?;
+    // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
+    let reserved = unsafe {
+        mmap_anonymous(
+            std::ptr::null_mut(),
+            reserved_bytes,
+            ProtFlags::empty(),
+            MapFlags::PRIVATE | MapFlags::NORESERVE,
+        )?
+    };
+    let before = reserved.align_offset(HUGE_PAGE_BYTES);
+    let start = reserved.wrapping_byte_add(before);
+    let end = start.wrapping_byte_add(bytes);
+    // SAFETY: `start..end` lies in the reservation made above, which nobody else knows of, and the three
+    // parts of it are disjoint; the lengths are those of these parts, in whole pages.
+    unsafe {
+        mmap(
+            start,
+            bytes,
+            protection,
+            flags | MapFlags::FIXED,
+            file,
+            offset,
+        )?;
+        if before > 0 {
+            munmap(reserved, before)?;
+        }
+        if before < HUGE_PAGE_BYTES {
+            munmap(end, HUGE_PAGE_BYTES - before)?;
+        }
+        madvise(start, bytes, Advice::LinuxDontDump)?;
+        // Refused only by a host kernel without huge pages, which then has none to give.
+        let _ = madvise(start, bytes, Advice::LinuxHugepage);
+        MmapRegion::build_raw(
+            start.cast(),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_SHARED | libc::MAP_NORESERVE,
+        )
+        .map_err(|_| Errno::INVAL)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion};
+
+    fn mib(mib: u64) -> MemoryMib {
+        MemoryMib::try_from(mib).unwrap()
+    }
+
+    #[test]
+    fn every_byte_of_the_size_is_there_and_zero() {
+        let memory = map(mib(64)).unwrap();
+        let last = GuestAddress((64 << 20) - 8);
+        assert_eq!(memory.read_obj::<u64>(last).unwrap(), 0);
+        memory.write_obj(7u64, last).unwrap();
+        assert_eq!(memory.read_obj::<u64>(last).unwrap(), 7);
+        assert!(memory.read_obj::<u8>(GuestAddress(64 << 20)).is_err());
+    }
+
+    #[test]
+    fn memory_around_the_hole_is_two_aligned_regions_of_different_bytes() {
+        // Only touched pages are backed, so this needs no 4 GiB of the host.
+        let Ok(memory) = map(mib(4096)) else {
+            eprintln!("SKIPPED memory_around_the_hole: this host has less than 4 GiB");
+            return;
+        };
+        let regions: Vec<(u64, u64)> = memory
+            .iter()
+            .map(|region| (region.start_addr().0, region.len()))
+            .collect();
+        assert_eq!(regions, [(0, 3 << 30), (4 << 30, 1 << 30)]);
+        for region in memory.iter() {
+            assert_eq!(region.as_ptr() as usize % HUGE_PAGE_BYTES, 0);
+        }
+        memory.write_obj(1u64, GuestAddress(0)).unwrap();
+        memory.write_obj(2u64, GuestAddress(4 << 30)).unwrap();
+        assert_eq!(memory.read_obj::<u64>(GuestAddress(0)).unwrap(), 1);
+        assert!(memory.read_obj::<u8>(GuestAddress(3 << 30)).is_err());
+    }
+
+    #[test]
+    fn more_than_the_host_has_is_refused_with_both_numbers() {
+        let refused = refuse_more_than(16_000, mib(16_001)).unwrap_err();
+        assert_eq!(
+            refused.to_string(),
+            "16001 MiB of guest memory: this host has only 16000 MiB; ask for less"
+        );
+        refuse_more_than(16_000, mib(16_000)).unwrap();
+        assert!(host_mib() > 64);
+    }
+
+    #[test]
+    fn memory_beyond_the_address_bits_is_refused() {
+        assert!(refuse_wider_than(32, mib(4096)).is_err());
+        refuse_wider_than(32, mib(3072)).unwrap();
+        refuse_wider_than(39, mib(256 * 1024)).unwrap();
+        assert!(refuse_wider_than(39, mib(512 * 1024)).is_err());
+        refuse_wider_than(64, mib(512 * 1024)).unwrap();
+    }
+}

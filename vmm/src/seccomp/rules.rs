@@ -1,0 +1,91 @@
+//! What each kind of thread may ask of the kernel. Nothing that opens a path, makes a process, changes who
+//! we are or maps code.
+
+use super::{Rule, Test, When};
+use libc::{
+    AF_UNIX, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFL, FIONBIO, PROT_EXEC, SYS_brk,
+    SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait, SYS_eventfd2,
+    SYS_exit, SYS_exit_group, SYS_fcntl, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid,
+    SYS_ioctl, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_read,
+    SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask,
+    SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_sigaltstack,
+    SYS_socketpair, SYS_tgkill, SYS_write, SYS_writev,
+};
+
+/// `KVM_RUN`.
+const KVM_RUN: u32 = 0xae80;
+/// `KVM_SIGNAL_MSI`.
+const KVM_SIGNAL_MSI: u32 = 0x4020_aea5;
+
+const fn always(call: i64) -> Rule {
+    Rule { call, when: &[] }
+}
+
+macro_rules! when {
+    ($call:expr, $argument:literal, $test:expr) => {
+        Rule {
+            call: $call,
+            when: &[When {
+                argument: $argument,
+                test: $test,
+            }],
+        }
+    };
+}
+
+/// Memory, locks, time, the end of a thread and of the process; wake-ups and messages to KVM; output.
+pub(super) const EVERY_THREAD: &[Rule] = &[
+    always(SYS_brk),
+    always(SYS_clock_gettime),
+    always(SYS_close),
+    always(SYS_exit),
+    always(SYS_exit_group),
+    always(SYS_futex),
+    always(SYS_getpid),
+    always(SYS_getrandom),
+    always(SYS_gettid),
+    always(SYS_madvise),
+    always(SYS_mremap),
+    always(SYS_munmap),
+    always(SYS_restart_syscall),
+    always(SYS_rt_sigprocmask),
+    always(SYS_rt_sigreturn),
+    always(SYS_sched_yield),
+    always(SYS_sigaltstack),
+    // Memory is never code.
+    when!(SYS_mmap, 2, Test::Lacks(PROT_EXEC as u32)),
+    when!(SYS_mprotect, 2, Test::Lacks(PROT_EXEC as u32)),
+    // Eventfds, the serial port's fd, stderr.
+    always(SYS_read),
+    always(SYS_write),
+    // A device is activated on the thread of the vCPU that asked for it, and watches its queues from there.
+    always(SYS_epoll_ctl),
+    always(SYS_eventfd2),
+    when!(SYS_fcntl, 1, Test::Is(F_GETFD as u32)),
+    when!(SYS_ioctl, 1, Test::Is(KVM_SIGNAL_MSI)),
+];
+
+/// A vCPU's thread.
+pub(super) const VCPU: &[Rule] = &[when!(SYS_ioctl, 1, Test::Is(KVM_RUN))];
+
+/// The main thread.
+pub(super) const MAIN: &[Rule] = &[
+    always(SYS_epoll_pwait),
+    always(SYS_epoll_wait),
+    always(SYS_poll),
+    // Connections of the guest: both ends are made here, one goes to the owner.
+    when!(SYS_socketpair, 0, Test::Is(AF_UNIX as u32)),
+    always(SYS_readv),
+    always(SYS_recvfrom),
+    always(SYS_recvmsg),
+    always(SYS_sendmsg),
+    always(SYS_sendto),
+    always(SYS_shutdown),
+    always(SYS_writev),
+    when!(SYS_fcntl, 1, Test::Is(F_DUPFD_CLOEXEC as u32)),
+    when!(SYS_fcntl, 1, Test::Is(F_GETFL as u32)),
+    when!(SYS_fcntl, 1, Test::Is(F_SETFL as u32)),
+    when!(SYS_ioctl, 1, Test::Is(FIONBIO as u32)),
+    // Stopping the vCPU threads.
+    when!(SYS_tgkill, 0, Test::IsOwnPid),
+];

@@ -1,0 +1,311 @@
+//! The vCPU threads: each confines itself, waits until all are confined, runs its vCPU and says how it ended.
+//!
+//! A thread that ends in any way that nobody asked for ends the VM ([`VmmExit::VcpuLost`]); stopping them
+//! takes at most [`VCPU_STOP_TIMEOUT_MS`], whatever the guest does.
+
+use crate::end::{End, Ends};
+use crate::kvm::vcpu::{Exit, ImmediateExit, Vcpu};
+use crate::record::{ExitCounts, Phases};
+use crate::seccomp::{self, Filter, FilterError};
+use capsid_devices::bus::Bus;
+use capsid_protocol::exit::VmmExit;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use std::{io, thread};
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+/// How long the threads get to leave the guest once they are told to, in ms. A vCPU in the kernel answers a
+/// signal in microseconds; one that does not is left to the end of the process.
+pub const VCPU_STOP_TIMEOUT_MS: u64 = 1000;
+/// Stack of a vCPU thread, in bytes; they parse no deep structures.
+const STACK_BYTES: usize = 256 * 1024;
+
+/// Why the threads could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum VcpusError {
+    /// No thread.
+    #[error("cannot start the thread of vCPU {index}")]
+    Thread {
+        /// Which vCPU.
+        index: usize,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
+    /// No signal handler.
+    #[error("cannot handle the signal that stops vCPUs")]
+    Signal(#[source] io::Error),
+    /// A thread could not confine itself.
+    #[error("cannot confine a vCPU thread")]
+    Filter(#[source] FilterError),
+    /// A thread ended before it said anything.
+    #[error("a vCPU thread ended before it was confined")]
+    Lost,
+}
+
+/// The address spaces of the guest's devices.
+pub struct Buses {
+    /// Port I/O.
+    pub port: Bus,
+    /// Memory-mapped I/O.
+    pub mmio: Bus,
+}
+
+/// All vCPU threads of a VM.
+pub struct Vcpus {
+    threads: Vec<Thread>,
+    gate: Arc<Gate>,
+}
+
+struct Thread {
+    handle: JoinHandle<()>,
+    immediate_exit: ImmediateExit,
+    counts: ExitCounts,
+}
+
+/// Where the threads and the main thread meet.
+#[derive(Default)]
+struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+    /// The threads are wanted to end.
+    stop: AtomicBool,
+}
+
+#[derive(Default)]
+struct GateState {
+    confined: usize,
+    ended: usize,
+    failure: Option<FilterError>,
+    open: bool,
+}
+
+impl Gate {
+    fn lock(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut GateState)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    fn wait_while(&self, condition: impl FnMut(&mut GateState) -> bool) -> MutexGuard<'_, GateState> {
+        self.changed
+            .wait_while(self.lock(), condition)
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Says that a thread has ended, however it does.
+struct Farewell {
+    index: usize,
+    gate: Arc<Gate>,
+    ends: Ends,
+}
+
+impl Drop for Farewell {
+    fn drop(&mut self) {
+        if !self.gate.stop.load(Ordering::Acquire) {
+            // Dropped if the thread has reported a better reason, or another thread has.
+            let why = format!("the thread of vCPU {} ended unasked", self.index);
+            self.ends.report(End::new(VmmExit::VcpuLost, why));
+        }
+        self.gate.change(|state| state.ended += 1);
+    }
+}
+
+impl Vcpus {
+    /// Starts one thread for each vCPU. When this returns, all of them are confined by `filter` and none has
+    /// entered the guest: that is for [`Vcpus::release`].
+    ///
+    /// # Errors
+    /// A thread could not be started or confined.
+    pub fn start(
+        vcpus: Vec<Vcpu>,
+        buses: &Arc<Buses>,
+        ends: &Ends,
+        phases: &Phases,
+        filter: &Arc<Filter>,
+    ) -> Result<Vcpus, VcpusError> {
+        extern "C" fn woken(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+        register_signal_handler(SIGRTMIN(), woken).map_err(|cause| {
+            VcpusError::Signal(io::Error::from_raw_os_error(cause.errno()))
+        })?;
+        let gate = Arc::new(Gate::default());
+        let mut threads = Vec::with_capacity(vcpus.len());
+        for (index, vcpu) in vcpus.into_iter().enumerate() {
+            let counts = ExitCounts::default();
+            let immediate_exit = vcpu.immediate_exit();
+            let runner = Runner {
+                index,
+                buses: Arc::clone(buses),
+                counts: counts.clone(),
+                phases: phases.clone(),
+                gate: Arc::clone(&gate),
+                ends: ends.clone(),
+            };
+            let filter = Arc::clone(filter);
+            let handle = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(STACK_BYTES)
+                .spawn(move || runner.thread(vcpu, &filter))
+                .map_err(|cause| VcpusError::Thread { index, cause })?;
+            threads.push(Thread {
+                handle,
+                immediate_exit,
+                counts,
+            });
+        }
+        let all = threads.len();
+        let mut state = gate.wait_while(|state| {
+            state.confined + state.ended < all && state.failure.is_none()
+        });
+        if let Some(failure) = state.failure.take() {
+            return Err(VcpusError::Filter(failure));
+        }
+        if state.ended > 0 {
+            return Err(VcpusError::Lost);
+        }
+        drop(state);
+        Ok(Vcpus { threads, gate })
+    }
+
+    /// Lets all vCPUs enter the guest.
+    pub fn release(&self) {
+        self.gate.change(|state| state.open = true);
+    }
+
+    /// Counters of all vCPUs.
+    pub fn counts(&self) -> Vec<ExitCounts> {
+        self.threads
+            .iter()
+            .map(|thread| thread.counts.clone())
+            .collect()
+    }
+
+    /// Makes all vCPUs leave the guest and their threads end; true if all did in time.
+    pub fn stop(&self) -> bool {
+        self.gate.stop.store(true, Ordering::Release);
+        self.release();
+        for thread in &self.threads {
+            thread.immediate_exit.request();
+            // Fails only if the thread has ended already.
+            let _ = thread.handle.kill(SIGRTMIN());
+        }
+        let deadline = Instant::now() + Duration::from_millis(VCPU_STOP_TIMEOUT_MS);
+        let mut state = self.gate.lock();
+        while state.ended < self.threads.len() {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            state = self
+                .gate
+                .changed
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        true
+    }
+}
+
+struct Runner {
+    index: usize,
+    buses: Arc<Buses>,
+    counts: ExitCounts,
+    phases: Phases,
+    gate: Arc<Gate>,
+    ends: Ends,
+}
+
+impl Runner {
+    fn thread(self, mut vcpu: Vcpu, filter: &Filter) {
+        let _farewell = Farewell {
+            index: self.index,
+            gate: Arc::clone(&self.gate),
+            ends: self.ends.clone(),
+        };
+        if let Err(failure) = seccomp::confine(filter) {
+            self.gate.change(|state| state.failure = Some(failure));
+            return;
+        }
+        self.gate.change(|state| state.confined += 1);
+        drop(self.gate.wait_while(|state| !state.open));
+        if self.index == 0 {
+            self.phases.ended("run");
+        }
+        while !self.gate.stop.load(Ordering::Acquire) {
+            if let Some(end) = self.step(&mut vcpu) {
+                self.ends.report(end);
+                return;
+            }
+        }
+    }
+
+    /// One stay in the guest and what it asked for; an end if it cannot go on.
+    fn step(&self, vcpu: &mut Vcpu) -> Option<End> {
+        let index = self.index;
+        let kvm_error = |why: String| Some(End::new(VmmExit::KvmError, why));
+        match vcpu.run() {
+            Ok(Exit::PortWrite { port, width, data }) => {
+                for element in data.chunks(width) {
+                    let device = self.buses.port.write(u64::from(port), element);
+                    self.counts.add("io", device.unwrap_or("none"));
+                }
+            }
+            Ok(Exit::PortRead { port, width, data }) => {
+                for element in data.chunks_mut(width) {
+                    let device = self.buses.port.read(u64::from(port), element);
+                    self.counts.add("io", device.unwrap_or("none"));
+                }
+            }
+            Ok(Exit::MmioWrite { address, data }) => {
+                let device = self.buses.mmio.write(address, data);
+                self.counts.add("mmio", device.unwrap_or("none"));
+            }
+            Ok(Exit::MmioRead { address, data }) => {
+                let device = self.buses.mmio.read(address, data);
+                self.counts.add("mmio", device.unwrap_or("none"));
+            }
+            Ok(Exit::Interrupted) => self.counts.add("interrupted", ""),
+            Ok(Exit::Shutdown) => {
+                let why = format!("vCPU {index} shut down on a triple fault");
+                return Some(End::new(VmmExit::TripleFault, why));
+            }
+            Ok(Exit::InternalError { suberror }) => {
+                return kvm_error(format!(
+                    "KVM_EXIT_INTERNAL_ERROR on vCPU {index}, suberror {suberror} ({})",
+                    internal_error(suberror)
+                ));
+            }
+            Ok(Exit::FailEntry { reason }) => {
+                return kvm_error(format!(
+                    "KVM_EXIT_FAIL_ENTRY on vCPU {index}, hardware reason {reason:#x}"
+                ));
+            }
+            Ok(Exit::Halt) => return kvm_error(format!("unexpected KVM_EXIT_HLT on vCPU {index}")),
+            Ok(Exit::SystemEvent { kind }) => {
+                return kvm_error(format!("unexpected system event {kind} on vCPU {index}"));
+            }
+            Ok(Exit::Other(reason)) => {
+                return kvm_error(format!("unexpected KVM exit {reason} on vCPU {index}"));
+            }
+            Err(cause) => return kvm_error(format!("KVM_RUN failed on vCPU {index}: {cause}")),
+        }
+        None
+    }
+}
+
+/// `KVM_INTERNAL_ERROR_*` of the KVM API in words.
+fn internal_error(suberror: u32) -> &'static str {
+    match suberror {
+        1 => "an instruction that KVM cannot emulate",
+        2 => "simultaneous exceptions",
+        3 => "the delivery of an event faulted",
+        4 => "an exit reason that KVM does not know",
+        _ => "no known kind",
+    }
+}
