@@ -347,7 +347,10 @@ impl<'a> Board<'a> {
     fn slot(&mut self) -> (u8, u64) {
         let slot = self.next_slot;
         self.next_slot += 1;
-        (slot, layout::PCI_WINDOW + u64::from(slot) * SLOT_WINDOW_BYTES)
+        (
+            slot,
+            layout::PCI_WINDOW + u64::from(slot) * SLOT_WINDOW_BYTES,
+        )
     }
 
     fn finish(mut self) -> Result<Arc<Buses>, AssembleError> {

@@ -19,8 +19,8 @@ use rustix::mount::{
     fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
 };
 use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, Signal, fchdir, getppid, pivot_root,
-    set_dumpable_behavior, set_parent_process_death_signal, setrlimit,
+    DumpableBehavior, Resource, Rlimit, Signal, fchdir, getppid, pivot_root, set_dumpable_behavior,
+    set_parent_process_death_signal, setrlimit,
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
@@ -34,7 +34,9 @@ pub const OPEN_FILES_MAX: u64 = 16 * 1024;
 
 /// A part of the jail that could not be set up.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot {step}; the VMM must start as root with CAP_SYS_ADMIN, and it never runs a guest unjailed")]
+#[error(
+    "cannot {step}; the VMM must start as root with CAP_SYS_ADMIN, and it never runs a guest unjailed"
+)]
 pub struct JailError {
     step: &'static str,
     #[source]
@@ -114,7 +116,10 @@ fn limit_resources() -> Result<(), JailError> {
 
 /// A mount namespace whose one mount is an empty, read-only tmpfs.
 fn enter_empty_root() -> Result<(), JailError> {
-    new_namespaces("enter a mount namespace of its own", CloneFlags::CLONE_NEWNS)?;
+    new_namespaces(
+        "enter a mount namespace of its own",
+        CloneFlags::CLONE_NEWNS,
+    )?;
     step(
         "cut its mounts off from the host's",
         mount_change(
@@ -133,13 +138,7 @@ fn enter_empty_root() -> Result<(), JailError> {
             | MountAttrFlags::MOUNT_ATTR_NODEV
             | MountAttrFlags::MOUNT_ATTR_NOEXEC;
         let root = fsmount(&tmpfs, FsMountFlags::FSMOUNT_CLOEXEC, nothing_happens_here)?;
-        move_mount(
-            &root,
-            "",
-            CWD,
-            "/",
-            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
-        )?;
+        move_mount(&root, "", CWD, "/", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
         fchdir(&root)?;
         // The old root is stacked onto the new one at "." and taken away from there (pivot_root(2)).
         pivot_root(".", ".")?;

@@ -99,7 +99,8 @@ impl Machine {
                 return Ok(end);
             }
             if let Some(signal) = self.signals.take()? {
-                let stopped = |how: &str| Ok(End::new(VmmExit::Stopped, format!("{signal}, {how}")));
+                let stopped =
+                    |how: &str| Ok(End::new(VmmExit::Stopped, format!("{signal}, {how}")));
                 if deadline.is_some() {
                     return stopped("twice");
                 }
@@ -183,4 +184,3 @@ pub fn machine_events(ends: Ends) -> capsid_devices::machine::MachineEvents {
         ends.report(End::new(exit, why));
     })
 }
-

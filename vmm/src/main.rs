@@ -59,7 +59,9 @@ fn command(arguments: impl Iterator<Item = OsString>) -> Result<Command, String>
         ["--version" | "-V"] => Ok(Command::Version),
         ["--config-fd", number] => match number.parse() {
             Ok(fd) if fd > 2 => Ok(Command::Run(fd)),
-            _ => Err(format!("--config-fd {number:?} is not a number of 3 or more")),
+            _ => Err(format!(
+                "--config-fd {number:?} is not a number of 3 or more"
+            )),
         },
         [] => Err("--config-fd is missing".to_owned()),
         [word, ..] => Err(format!("{word:?} is not expected here")),
@@ -109,15 +111,27 @@ mod tests {
     fn the_config_fd_is_a_number_of_three_or_more() {
         assert_eq!(parsed(&["--config-fd", "3"]), Ok(Command::Run(3)));
         for number in ["2", "-1", "x", "", "99999999999"] {
-            assert!(parsed(&["--config-fd", number]).unwrap_err().contains("3 or more"));
+            assert!(
+                parsed(&["--config-fd", number])
+                    .unwrap_err()
+                    .contains("3 or more")
+            );
         }
     }
 
     #[test]
     fn anything_else_is_refused_by_name() {
         assert_eq!(parsed(&[]).unwrap_err(), "--config-fd is missing");
-        assert!(parsed(&["--seccomp", "off"]).unwrap_err().contains("--seccomp"));
-        assert!(parsed(&["--config-fd", "3", "x"]).unwrap_err().contains("not expected"));
+        assert!(
+            parsed(&["--seccomp", "off"])
+                .unwrap_err()
+                .contains("--seccomp")
+        );
+        assert!(
+            parsed(&["--config-fd", "3", "x"])
+                .unwrap_err()
+                .contains("not expected")
+        );
     }
 
     #[test]

@@ -47,9 +47,9 @@ impl ExitCounts {
     pub fn add(&self, kind: &'static str, device: &'static str) {
         let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         // A handful of constants: their addresses tell them apart faster than their letters.
-        let found = counts.iter_mut().find(|count| {
-            std::ptr::eq(count.kind, kind) && std::ptr::eq(count.device, device)
-        });
+        let found = counts
+            .iter_mut()
+            .find(|count| std::ptr::eq(count.kind, kind) && std::ptr::eq(count.device, device));
         match found {
             Some(count) => count.times += 1,
             None => counts.push(Count {

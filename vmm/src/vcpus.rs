@@ -92,7 +92,10 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    fn wait_while(&self, condition: impl FnMut(&mut GateState) -> bool) -> MutexGuard<'_, GateState> {
+    fn wait_while(
+        &self,
+        condition: impl FnMut(&mut GateState) -> bool,
+    ) -> MutexGuard<'_, GateState> {
         self.changed
             .wait_while(self.lock(), condition)
             .unwrap_or_else(PoisonError::into_inner)
@@ -131,9 +134,8 @@ impl Vcpus {
         filter: &Arc<Filter>,
     ) -> Result<Vcpus, VcpusError> {
         extern "C" fn woken(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        register_signal_handler(SIGRTMIN(), woken).map_err(|cause| {
-            VcpusError::Signal(io::Error::from_raw_os_error(cause.errno()))
-        })?;
+        register_signal_handler(SIGRTMIN(), woken)
+            .map_err(|cause| VcpusError::Signal(io::Error::from_raw_os_error(cause.errno())))?;
         let gate = Arc::new(Gate::default());
         let mut threads = Vec::with_capacity(vcpus.len());
         for (index, vcpu) in vcpus.into_iter().enumerate() {
@@ -160,9 +162,8 @@ impl Vcpus {
             });
         }
         let all = threads.len();
-        let mut state = gate.wait_while(|state| {
-            state.confined + state.ended < all && state.failure.is_none()
-        });
+        let mut state =
+            gate.wait_while(|state| state.confined + state.ended < all && state.failure.is_none());
         if let Some(failure) = state.failure.take() {
             return Err(VcpusError::Filter(failure));
         }

@@ -279,7 +279,10 @@ mod tests {
     fn neither_virtualization_nor_performance_counters_are_passed_on() {
         let leaves = for_cpu(&host(b"Auth"), CPU);
         assert_eq!(get(&leaves, 1, 0).ecx & ECX_VMX, 0);
-        assert_eq!(get(&leaves, 0x8000_0001, 0).ecx & (ECX_SVM | ECX_PERF_CORE), 0);
+        assert_eq!(
+            get(&leaves, 0x8000_0001, 0).ecx & (ECX_SVM | ECX_PERF_CORE),
+            0
+        );
         assert_eq!(get(&leaves, 0x8000_000a, 0).eax, 0);
         assert_eq!(get(&leaves, 0xa, 0).eax, 0);
     }
@@ -288,14 +291,24 @@ mod tests {
     fn the_topology_is_one_socket_of_single_threaded_cores() {
         let leaves = for_cpu(&host(b"Auth"), CPU);
         let threads = get(&leaves, 0xb, 0);
-        assert_eq!((threads.eax, threads.ebx, threads.ecx, threads.edx), (0, 1, 0x100, 2));
+        assert_eq!(
+            (threads.eax, threads.ebx, threads.ecx, threads.edx),
+            (0, 1, 0x100, 2)
+        );
         let cores = get(&leaves, 0xb, 1);
-        assert_eq!((cores.eax, cores.ebx, cores.ecx, cores.edx), (2, 3, 0x201, 2));
+        assert_eq!(
+            (cores.eax, cores.ebx, cores.ecx, cores.edx),
+            (2, 3, 0x201, 2)
+        );
         assert_eq!(get(&leaves, 0xb, 2).ebx, 0);
         assert_eq!(get(&leaves, 0x8000_0008, 0).ecx, 0x2002);
         let amd = get(&leaves, 0x8000_001e, 0);
         assert_eq!((amd.eax, amd.ebx, amd.ecx), (2, 2, 0));
-        assert_eq!(get(&leaves, 0x8000_001d, 0).eax >> 14 & 0xfff, 3, "L3 is shared by all");
+        assert_eq!(
+            get(&leaves, 0x8000_001d, 0).eax >> 14 & 0xfff,
+            3,
+            "L3 is shared by all"
+        );
     }
 
     #[test]

@@ -39,7 +39,19 @@ mod tests {
         let mut state = kvm_lapic_state::default();
         state.regs[0x352] = 1; // masked, as after reset
         wire_pins(&mut state);
-        assert_eq!(state.regs[0x350..0x354].iter().map(|b| *b as u8).collect::<Vec<_>>(), [0, 7, 0, 0]);
-        assert_eq!(state.regs[0x360..0x364].iter().map(|b| *b as u8).collect::<Vec<_>>(), [0, 4, 0, 0]);
+        assert_eq!(
+            state.regs[0x350..0x354]
+                .iter()
+                .map(|b| *b as u8)
+                .collect::<Vec<_>>(),
+            [0, 7, 0, 0]
+        );
+        assert_eq!(
+            state.regs[0x360..0x364]
+                .iter()
+                .map(|b| *b as u8)
+                .collect::<Vec<_>>(),
+            [0, 4, 0, 0]
+        );
     }
 }

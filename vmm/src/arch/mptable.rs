@@ -92,9 +92,7 @@ fn header(entries: &[u8], count: u16) -> Vec<u8> {
 
 /// The byte that makes the sum of all bytes 0.
 fn checksum(bytes: &[u8]) -> u8 {
-    bytes
-        .iter()
-        .fold(0u8, |sum, byte| sum.wrapping_sub(*byte))
+    bytes.iter().fold(0u8, |sum, byte| sum.wrapping_sub(*byte))
 }
 
 #[cfg(test)]
@@ -138,7 +136,11 @@ mod tests {
     #[test]
     fn only_the_first_cpu_boots_and_the_ioapic_has_an_id_of_its_own() {
         let table = table(3, CPU);
-        let cpus: Vec<(u8, u8)> = table[60..].chunks(20).take(3).map(|cpu| (cpu[1], cpu[3])).collect();
+        let cpus: Vec<(u8, u8)> = table[60..]
+            .chunks(20)
+            .take(3)
+            .map(|cpu| (cpu[1], cpu[3]))
+            .collect();
         assert_eq!(cpus, [(0, 3), (1, 1), (2, 1)]);
         let ioapic = &table[60 + 3 * 20 + 8..][..8];
         assert_eq!(ioapic[..4], [2, 3, 0x14, 1]);
@@ -149,7 +151,10 @@ mod tests {
     fn the_pointer_points_behind_itself() {
         let table = table(1, CPU);
         assert_eq!(&table[..4], b"_MP_");
-        assert_eq!(u32::from_le_bytes([table[4], table[5], table[6], table[7]]), 0x9_fc10);
+        assert_eq!(
+            u32::from_le_bytes([table[4], table[5], table[6], table[7]]),
+            0x9_fc10
+        );
         assert_eq!(&table[16..20], b"PCMP");
     }
 }

@@ -209,8 +209,14 @@ mod tests {
     #[test]
     fn the_gdt_holds_what_the_boot_protocol_wants_at_its_selectors() {
         let gdt = gdt();
-        assert_eq!(gdt[2], 0x00cf_9b00_0000_ffff, "__BOOT_CS: flat, execute, read");
-        assert_eq!(gdt[3], 0x00cf_9300_0000_ffff, "__BOOT_DS: flat, read, write");
+        assert_eq!(
+            gdt[2], 0x00cf_9b00_0000_ffff,
+            "__BOOT_CS: flat, execute, read"
+        );
+        assert_eq!(
+            gdt[3], 0x00cf_9300_0000_ffff,
+            "__BOOT_DS: flat, read, write"
+        );
         assert_eq!(gdt[4], 0x0000_8b00_0000_0067, "TSS");
     }
 
@@ -221,8 +227,14 @@ mod tests {
             rbx: 1,
             rsi: 2,
         });
-        assert_eq!(regs.rflags, 2, "bit 1 set, IF, VM and reserved bits clear (27.3.1.4)");
-        assert!(regs.rip <= u64::from(u32::MAX), "a 32-bit guest has a 32-bit RIP");
+        assert_eq!(
+            regs.rflags, 2,
+            "bit 1 set, IF, VM and reserved bits clear (27.3.1.4)"
+        );
+        assert!(
+            regs.rip <= u64::from(u32::MAX),
+            "a 32-bit guest has a 32-bit RIP"
+        );
         assert_eq!((regs.rbx, regs.rsi), (1, 2));
     }
 }

@@ -25,7 +25,7 @@ const ZERO_PAGE_BYTES: usize = 4096;
 
 /// A bzImage that can be loaded and entered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct BzImage {
+pub(super) struct BzImage {
     /// Where the protected-mode part begins in the file.
     pub file_offset: u64,
     /// Its length.
@@ -40,18 +40,18 @@ pub struct BzImage {
 }
 
 /// Whether a file that begins with `start` has the setup header of a bzImage.
-pub fn is_bzimage(start: &[u8]) -> bool {
+pub(super) fn is_bzimage(start: &[u8]) -> bool {
     start.get(0x1fe..0x200) == Some(&[0x55, 0xaa]) && start.get(0x202..0x206) == Some(b"HdrS")
 }
 
 /// Bytes of the file that [`is_bzimage`] wants to see.
-pub const PROBE_BYTES: usize = 0x206;
+pub(super) const PROBE_BYTES: usize = 0x206;
 
 /// Reads the setup header; `room` is the guest memory that the kernel may use.
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn parse(image: &impl Image, room: &Range<u64>) -> Result<BzImage, BootError> {
+pub(super) fn parse(image: &impl Image, room: &Range<u64>) -> Result<BzImage, BootError> {
     let mut setup = vec![0; SETUP_BYTES];
     if image.length() < SETUP_BYTES as u64 {
         return Err(BootError::Truncated {
@@ -129,7 +129,7 @@ fn unpacking_range(
 }
 
 /// Where the VMM put what the kernel wants to find.
-pub struct Placed<'a> {
+pub(super) struct Placed<'a> {
     /// Address of the command line.
     pub cmdline: u32,
     /// Address and length of the initramfs.
@@ -142,7 +142,7 @@ pub struct Placed<'a> {
 ///
 /// # Panics
 /// If the memory map has more entries than fit, which would be a defect of the layout.
-pub fn zero_page(kernel: &BzImage, placed: &Placed<'_>) -> Vec<u8> {
+pub(super) fn zero_page(kernel: &BzImage, placed: &Placed<'_>) -> Vec<u8> {
     assert!(placed.map.len() <= E820_MAX, "memory map fits");
     let mut page = vec![0; ZERO_PAGE_BYTES];
     // The header ends at 0x202 plus the byte at 0x201; the kernel may have a longer one than we know.
@@ -240,7 +240,10 @@ mod tests {
     #[test]
     fn a_kernel_that_unpacks_beyond_memory_is_refused_in_mib() {
         let error = refused(|file| file[0x263] = 0x10);
-        assert!(error.contains("280 MiB") && error.contains("64 MiB"), "{error}");
+        assert!(
+            error.contains("280 MiB") && error.contains("64 MiB"),
+            "{error}"
+        );
         assert!(refused(|file| file[0x25f] = 0xff).contains("unpack"));
         assert!(refused(|file| file[0x258..0x260].fill(0xff)).contains("pref_address"));
         assert!(refused(|file| file[0x258..0x260].fill(0)).contains("below 1 MiB"));
@@ -249,7 +252,10 @@ mod tests {
     #[test]
     fn the_zero_page_tells_the_kernel_what_is_where() {
         let kernel = parse(&example().as_slice(), &ROOM).unwrap();
-        let map = [(0..0x9_fc00, MapKind::Ram), (0x9_fc00..0xa_0000, MapKind::Reserved)];
+        let map = [
+            (0..0x9_fc00, MapKind::Ram),
+            (0x9_fc00..0xa_0000, MapKind::Reserved),
+        ];
         let page = zero_page(
             &kernel,
             &Placed {

@@ -39,7 +39,7 @@ const CONSOLE: &[&str] = &["console=ttyS0", "8250.nr_uarts=1"];
 ///
 /// # Errors
 /// It is too long for the kernel.
-pub fn assemble(serial: bool, extra: &str, max_bytes: usize) -> Result<CString, BootError> {
+pub(super) fn assemble(serial: bool, extra: &str, max_bytes: usize) -> Result<CString, BootError> {
     let console = if serial { CONSOLE } else { SILENT };
     let mut words: Vec<&str> = ALWAYS.iter().chain(console).copied().collect();
     if !extra.is_empty() {

@@ -22,7 +22,7 @@ const PHYS32_ENTRY: u32 = 18;
 
 /// A part of the file and where it goes in guest memory; behind its bytes, zeros.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Segment {
+pub(super) struct Segment {
     /// Number of its program header.
     pub index: usize,
     /// Where its bytes begin in the file.
@@ -35,7 +35,7 @@ pub struct Segment {
 
 /// A kernel that can be loaded and entered.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PvhKernel {
+pub(super) struct PvhKernel {
     /// Guest-physical address at which the guest starts.
     pub entry: u64,
     /// What to load, disjoint, inside the memory that was allowed.
@@ -54,7 +54,7 @@ struct ProgramHeader {
 }
 
 /// Whether a file that begins with `magic` says that it is ELF.
-pub fn is_elf(magic: &[u8]) -> bool {
+pub(super) fn is_elf(magic: &[u8]) -> bool {
     magic.starts_with(b"\x7fELF")
 }
 
@@ -62,7 +62,7 @@ pub fn is_elf(magic: &[u8]) -> bool {
 ///
 /// # Errors
 /// The first thing that is wrong.
-pub fn parse(image: &impl Image, room: &Range<u64>) -> Result<PvhKernel, BootError> {
+pub(super) fn parse(image: &impl Image, room: &Range<u64>) -> Result<PvhKernel, BootError> {
     let headers = program_headers(image)?;
     let mut segments = Vec::new();
     let mut entry = None;
@@ -77,7 +77,10 @@ pub fn parse(image: &impl Image, room: &Range<u64>) -> Result<PvhKernel, BootErr
     refuse_overlaps(&segments)?;
     let end = segments.iter().map(|segment| segment.guest.end).max();
     let end = end.ok_or(BootError::NoSegment)?;
-    if !segments.iter().any(|segment| segment.guest.contains(&entry)) {
+    if !segments
+        .iter()
+        .any(|segment| segment.guest.contains(&entry))
+    {
         return Err(BootError::EntryOutside(entry));
     }
     Ok(PvhKernel {

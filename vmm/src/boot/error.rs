@@ -48,7 +48,9 @@ pub enum BootError {
     #[error("the kernel is an ELF file of type {0}, not an executable (2)")]
     ElfType(u16),
     /// Program headers of another size or too many.
-    #[error("the kernel has {count} program headers of {bytes} bytes; 1 to {max} of 56 bytes are taken")]
+    #[error(
+        "the kernel has {count} program headers of {bytes} bytes; 1 to {max} of 56 bytes are taken"
+    )]
     ProgramHeaders {
         /// `e_phnum`.
         count: u16,
@@ -64,7 +66,9 @@ pub enum BootError {
     #[error("the kernel has no segment to load")]
     NoSegment,
     /// A segment where the VMM puts its own tables, or beyond memory.
-    #[error("segment {index} of the kernel is for {start:#x}..{end:#x}, guest memory for it is {min:#x}..{max:#x}; give the VM more memory")]
+    #[error(
+        "segment {index} of the kernel is for {start:#x}..{end:#x}, guest memory for it is {min:#x}..{max:#x}; give the VM more memory"
+    )]
     SegmentOutside {
         /// Number of the program header.
         index: usize,
@@ -90,7 +94,9 @@ pub enum BootError {
     #[error("the kernel's PVH entry {0:#x} is in none of its segments")]
     EntryOutside(u64),
     /// Older boot protocol.
-    #[error("the bzImage speaks boot protocol {major}.{minor:02}; 2.12 or newer is needed (Linux 3.8)")]
+    #[error(
+        "the bzImage speaks boot protocol {major}.{minor:02}; 2.12 or newer is needed (Linux 3.8)"
+    )]
     TooOld {
         /// Major number.
         major: u8,
@@ -104,7 +110,9 @@ pub enum BootError {
     #[error("the bzImage's {0} makes no sense")]
     BzImageField(&'static str),
     /// Needs more memory than there is.
-    #[error("the kernel needs memory up to {needs_mib} MiB to unpack itself, the guest has {has_mib} MiB below its hole; give the VM more memory")]
+    #[error(
+        "the kernel needs memory up to {needs_mib} MiB to unpack itself, the guest has {has_mib} MiB below its hole; give the VM more memory"
+    )]
     BzImageMemory {
         /// End of what it needs.
         needs_mib: u64,
@@ -112,7 +120,9 @@ pub enum BootError {
         has_mib: u64,
     },
     /// The initramfs does not fit.
-    #[error("the initramfs of {bytes} bytes does not fit into guest memory beside the kernel ({room} bytes are left); give the VM more memory")]
+    #[error(
+        "the initramfs of {bytes} bytes does not fit into guest memory beside the kernel ({room} bytes are left); give the VM more memory"
+    )]
     InitramfsMemory {
         /// Its length.
         bytes: u64,

@@ -5,7 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 
 /// Bytes that can be read at any offset.
-pub trait Image {
+pub(super) trait Image {
     /// Length in bytes.
     fn length(&self) -> u64;
     /// Fills `bytes` from `offset`.
@@ -16,7 +16,7 @@ pub trait Image {
 }
 
 /// A file whose length was taken once: one that shrinks afterwards fails to read and nothing worse.
-pub struct FileImage<'a> {
+pub(super) struct FileImage<'a> {
     file: &'a File,
     length: u64,
 }
@@ -26,7 +26,7 @@ impl<'a> FileImage<'a> {
     ///
     /// # Errors
     /// It is not one, or cannot be asked.
-    pub fn new(file: &'a File) -> io::Result<FileImage<'a>> {
+    pub(super) fn new(file: &'a File) -> io::Result<FileImage<'a>> {
         let metadata = file.metadata()?;
         if !metadata.is_file() {
             return Err(io::Error::new(

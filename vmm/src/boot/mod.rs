@@ -99,14 +99,31 @@ fn load_pvh(
     let line = cmdline::assemble(guest.serial, guest.cmdline, layout::CMDLINE_BYTES as usize)?;
     for segment in &kernel.segments {
         let place = segment.guest.start;
-        copy(memory, guest.kernel, "kernel", segment.file_offset, segment.file_bytes, place)?;
+        copy(
+            memory,
+            guest.kernel,
+            "kernel",
+            segment.file_offset,
+            segment.file_bytes,
+            place,
+        )?;
     }
     let initramfs = load_initramfs(memory, guest.initramfs, kernel.end..room.end)?;
     let map = layout::memory_map(size.bytes());
     let info = pvh::start_info(layout::CMDLINE, initramfs.as_ref(), &map);
     write(memory, "start info", layout::START_INFO, &info)?;
-    write(memory, "memory map", layout::BOOT_PARAMS, &pvh::memory_map(&map))?;
-    write(memory, "command line", layout::CMDLINE, line.as_bytes_with_nul())?;
+    write(
+        memory,
+        "memory map",
+        layout::BOOT_PARAMS,
+        &pvh::memory_map(&map),
+    )?;
+    write(
+        memory,
+        "command line",
+        layout::CMDLINE,
+        line.as_bytes_with_nul(),
+    )?;
     Ok(Entry {
         rip: kernel.entry,
         rbx: layout::START_INFO,
@@ -122,9 +139,17 @@ fn load_bzimage(
 ) -> Result<Entry, BootError> {
     let room = room(size);
     let kernel = bzimage::parse(image, &room)?;
-    let cmdline_max = (kernel.cmdline_max_bytes.saturating_add(1)).min(layout::CMDLINE_BYTES as usize);
+    let cmdline_max =
+        (kernel.cmdline_max_bytes.saturating_add(1)).min(layout::CMDLINE_BYTES as usize);
     let line = cmdline::assemble(guest.serial, guest.cmdline, cmdline_max)?;
-    copy(memory, guest.kernel, "kernel", kernel.file_offset, kernel.file_bytes, kernel.guest.start)?;
+    copy(
+        memory,
+        guest.kernel,
+        "kernel",
+        kernel.file_offset,
+        kernel.file_bytes,
+        kernel.guest.start,
+    )?;
     let end = room.end.min(kernel.initramfs_end_max);
     let initramfs = load_initramfs(memory, guest.initramfs, kernel.guest.end..end)?;
     let map = layout::memory_map(size.bytes());
@@ -138,7 +163,12 @@ fn load_bzimage(
         },
     );
     write(memory, "zero page", layout::BOOT_PARAMS, &page)?;
-    write(memory, "command line", layout::CMDLINE, line.as_bytes_with_nul())?;
+    write(
+        memory,
+        "command line",
+        layout::CMDLINE,
+        line.as_bytes_with_nul(),
+    )?;
     Ok(Entry {
         rip: kernel.guest.start,
         rbx: 0,
@@ -166,7 +196,10 @@ fn load_initramfs(
         return Err(BootError::Empty("initramfs"));
     }
     let lowest = room.start.next_multiple_of(PAGE_BYTES);
-    let start = room.end.checked_sub(bytes).map(|start| start & !(PAGE_BYTES - 1));
+    let start = room
+        .end
+        .checked_sub(bytes)
+        .map(|start| start & !(PAGE_BYTES - 1));
     let Some(start) = start.filter(|start| *start >= lowest) else {
         return Err(BootError::InitramfsMemory {
             bytes,
@@ -251,15 +284,21 @@ mod tests {
         assert_eq!(entry.rip, 0x10_0000);
         assert_eq!(entry.rbx, layout::START_INFO);
         let mut code = [0; 16];
-        memory.read_slice(&mut code, GuestAddress(0x10_0000)).unwrap();
+        memory
+            .read_slice(&mut code, GuestAddress(0x10_0000))
+            .unwrap();
         assert_eq!(code, [0xf4; 16]);
-        let module: u64 = memory.read_obj(GuestAddress(layout::START_INFO + 56)).unwrap();
+        let module: u64 = memory
+            .read_obj(GuestAddress(layout::START_INFO + 56))
+            .unwrap();
         assert_eq!(module, (64 << 20) - 4096);
         let mut cpio = [0; 4];
         memory.read_slice(&mut cpio, GuestAddress(module)).unwrap();
         assert_eq!(&cpio, b"cpio");
         let mut line = vec![0; 2048];
-        memory.read_slice(&mut line, GuestAddress(layout::CMDLINE)).unwrap();
+        memory
+            .read_slice(&mut line, GuestAddress(layout::CMDLINE))
+            .unwrap();
         let end = line.iter().position(|byte| *byte == 0).unwrap();
         assert!(line[..end].ends_with(b" panic=7"));
     }
@@ -296,7 +335,10 @@ mod tests {
         let mut large = ElfFile::example();
         large.segments[0].memory_bytes = (63 << 20) - 4096;
         let error = refused(&large.bytes(), Some(&[0; 4097]));
-        assert!(error.contains("4097 bytes") && error.contains("4096 bytes are left"), "{error}");
+        assert!(
+            error.contains("4097 bytes") && error.contains("4096 bytes are left"),
+            "{error}"
+        );
         loaded(&large.bytes(), Some(&[0; 4096])).unwrap();
     }
 }

@@ -16,7 +16,7 @@ const MAP_ENTRY_BYTES: usize = 24;
 const _: () = assert!(START_INFO_BYTES + MODULE_BYTES <= layout::START_INFO_BYTES as usize);
 
 /// The bytes at [`layout::START_INFO`]: the start info and behind it the module, if there is one.
-pub fn start_info(
+pub(super) fn start_info(
     cmdline: u64,
     initramfs: Option<&Range<u64>>,
     map: &[(Range<u64>, MapKind)],
@@ -46,7 +46,7 @@ pub fn start_info(
 ///
 /// # Panics
 /// If the map does not fit there, which would be a defect of the layout.
-pub fn memory_map(map: &[(Range<u64>, MapKind)]) -> Vec<u8> {
+pub(super) fn memory_map(map: &[(Range<u64>, MapKind)]) -> Vec<u8> {
     assert!(map.len() * MAP_ENTRY_BYTES <= layout::BOOT_PARAMS_BYTES as usize);
     let mut bytes = Vec::with_capacity(map.len() * MAP_ENTRY_BYTES);
     for (range, kind) in map {
@@ -70,7 +70,10 @@ mod tests {
         assert_eq!(u32::from_le_bytes(field(&info, 0)), 0x336e_c578);
         assert_eq!(u32::from_le_bytes(field(&info, 4)), 1);
         assert_eq!(u32::from_le_bytes(field(&info, 12)), 1);
-        assert_eq!(u64::from_le_bytes(field(&info, 16)), layout::START_INFO + 56);
+        assert_eq!(
+            u64::from_le_bytes(field(&info, 16)),
+            layout::START_INFO + 56
+        );
         assert_eq!(u64::from_le_bytes(field(&info, 24)), 0x2_0000);
         assert_eq!(u64::from_le_bytes(field(&info, 40)), layout::BOOT_PARAMS);
         assert_eq!(u32::from_le_bytes(field(&info, 48)), 3);

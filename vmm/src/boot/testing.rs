@@ -2,7 +2,7 @@
 
 /// One ELF note.
 #[derive(Clone)]
-pub struct Note {
+pub(crate) struct Note {
     pub name: Vec<u8>,
     pub kind: u32,
     pub desc: Vec<u8>,
@@ -11,7 +11,7 @@ pub struct Note {
 }
 
 impl Note {
-    pub fn new(name: &[u8], kind: u32, desc: &[u8]) -> Note {
+    pub(crate) fn new(name: &[u8], kind: u32, desc: &[u8]) -> Note {
         Note {
             name: name.to_vec(),
             kind,
@@ -38,7 +38,7 @@ impl Note {
 
 /// One PT_LOAD segment.
 #[derive(Clone)]
-pub struct Load {
+pub(crate) struct Load {
     pub physical: u64,
     pub memory_bytes: u64,
     pub bytes: Vec<u8>,
@@ -46,7 +46,7 @@ pub struct Load {
 
 /// An ELF file with segments and notes.
 #[derive(Clone)]
-pub struct ElfFile {
+pub(crate) struct ElfFile {
     pub class: u8,
     pub data: u8,
     pub kind: u16,
@@ -59,7 +59,7 @@ pub struct ElfFile {
 
 impl ElfFile {
     /// One segment of two pages at 1 MiB, entered at its first byte.
-    pub fn example() -> ElfFile {
+    pub(crate) fn example() -> ElfFile {
         ElfFile {
             class: 2,
             data: 1,
@@ -76,7 +76,7 @@ impl ElfFile {
         }
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let notes: Vec<u8> = self.notes.iter().flat_map(Note::bytes).collect();
         let count = self.segments.len() + 1;
         let mut offset = 64 + 56 * count as u64;

@@ -30,7 +30,9 @@ const NEEDED: &[(Cap, &str)] = &[
 #[derive(Debug, thiserror::Error)]
 pub enum KvmError {
     /// No `/dev/kvm`.
-    #[error("/dev/kvm does not exist: load the kvm_intel or kvm_amd module, or enable virtualization")]
+    #[error(
+        "/dev/kvm does not exist: load the kvm_intel or kvm_amd module, or enable virtualization"
+    )]
     Absent,
     /// No permission.
     #[error("/dev/kvm may not be opened: run as root or give the user access to it")]
