@@ -7,5 +7,6 @@ pub mod cache;
 pub mod command;
 pub mod deps;
 pub mod interrupt;
+pub mod kernel;
 pub mod packages;
 pub mod progress;

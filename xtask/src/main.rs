@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::{deps, interrupt};
+use xtask::{deps, interrupt, kernel};
 
 /// Build, run and test Capsid. Whatever takes long is kept in /var/cache/capsid (CAPSID_CACHE names another place).
 #[derive(Debug, Parser)]
@@ -21,6 +21,8 @@ struct Arguments {
 enum Xtask {
     /// Check the arrows between the rooms, and that the shared crates are there in one version
     Deps,
+    /// Build the guest kernel, or find it in the cache; prints the path of vmlinux
+    Kernel(kernel::Options),
 }
 
 fn main() -> ExitCode {
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
 fn run(subcommand: &Xtask) -> Result<ExitCode, Box<dyn Error>> {
     match subcommand {
         Xtask::Deps => Ok(deps::run(&workspace())?),
+        Xtask::Kernel(options) => Ok(kernel::run(&workspace(), options)?),
     }
 }
 
