@@ -147,6 +147,31 @@ impl Cache {
         Ok(entry)
     }
 
+    /// A directory for one run, removed when dropped; what killed runs of this kind left is removed first.
+    ///
+    /// # Errors
+    /// The file system refused.
+    pub fn scratch(&self, kind: &str) -> Result<Scratch, CacheError> {
+        let room = self.root.join(kind);
+        let refused = |cause| refusal(&self.root, cause, "making a directory in");
+        std::fs::create_dir_all(&room).map_err(refused)?;
+        // Held until the new directory is locked: an unlocked one is a stale one.
+        let _door = Lock::wait(&self.root.join(format!("{kind}.lock"))).map_err(refused)?;
+        for entry in std::fs::read_dir(&room).map_err(refused)? {
+            let path = entry.map_err(refused)?.path();
+            if Lock::of_dir(&path).map_err(refused)?.is_some() {
+                remove_dir(&path).map_err(refused)?;
+            }
+        }
+        let temporary =
+            Temporary::create(room.join(std::process::id().to_string())).map_err(refused)?;
+        let lock = Lock::of_dir(&temporary.path).map_err(refused)?;
+        Ok(Scratch {
+            temporary,
+            _lock: lock,
+        })
+    }
+
     /// A program that fails on a full disk says so only in its own words; the file system's word is what counts.
     fn has_no_space(&self) -> bool {
         rustix::fs::statvfs(&self.root)
@@ -156,6 +181,20 @@ impl Cache {
 
 /// Below this much free space a failed build is told as a full disk.
 const FULL_BYTES: u64 = 1 << 20;
+
+/// A directory for one run.
+#[derive(Debug)]
+pub struct Scratch {
+    temporary: Temporary,
+    _lock: Option<Lock>,
+}
+
+impl Scratch {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.temporary.path
+    }
+}
 
 /// An exclusive lock on a file, released by dropping it.
 #[derive(Debug)]
@@ -175,7 +214,19 @@ impl Lock {
     }
 
     fn try_now(path: &Path) -> io::Result<Option<Self>> {
-        let file = OpenOptions::new().create(true).append(true).open(path)?;
+        Self::try_file(OpenOptions::new().create(true).append(true).open(path)?)
+    }
+
+    /// The lock of a directory, if it is free; none either when the directory is gone.
+    fn of_dir(path: &Path) -> io::Result<Option<Self>> {
+        match File::open(path) {
+            Ok(file) => Self::try_file(file),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    fn try_file(file: File) -> io::Result<Option<Self>> {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Some(Self { _file: file })),
             Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
@@ -185,6 +236,7 @@ impl Lock {
 }
 
 /// A directory that is removed again, unless it was renamed away.
+#[derive(Debug)]
 struct Temporary {
     path: PathBuf,
     _undone: interrupt::Undone,
@@ -203,13 +255,11 @@ impl Temporary {
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        match std::fs::remove_dir_all(&self.path) {
-            Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => eprintln!(
+        if let Err(error) = remove_dir(&self.path) {
+            eprintln!(
                 "xtask: removing {}: {error}; the next build will try again",
                 self.path.display()
-            ),
+            );
         }
     }
 }
@@ -228,10 +278,18 @@ fn remove_stale(room: &Path, ours: &Key) -> Result<(), CacheError> {
                 .map_err(io_error("locking", &lock_path))?
                 .is_some();
         if free {
-            std::fs::remove_dir_all(&path).map_err(io_error("removing", &path))?;
+            remove_dir(&path).map_err(io_error("removing", &path))?;
         }
     }
     Ok(())
+}
+
+/// Removes a directory and all below it; one that is gone is fine.
+fn remove_dir(path: &Path) -> io::Result<()> {
+    match std::fs::remove_dir_all(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Flushes every file and directory below `path`, then `path`.
@@ -408,9 +466,9 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     /// A cache in a directory of its own, removed at the end.
-    struct Scratch(Cache);
+    struct Own(Cache);
 
-    impl Scratch {
+    impl Own {
         fn new(name: &str) -> Self {
             let root =
                 std::env::temp_dir().join(format!("xtask-cache-{}-{name}", std::process::id()));
@@ -433,7 +491,7 @@ mod tests {
         }
     }
 
-    impl Drop for Scratch {
+    impl Drop for Own {
         fn drop(&mut self) {
             std::fs::remove_dir_all(self.0.root()).expect("remove scratch");
         }
@@ -445,7 +503,7 @@ mod tests {
 
     #[test]
     fn a_second_get_builds_nothing() {
-        let scratch = Scratch::new("second");
+        let scratch = Own::new("second");
         let build = |dir: &Path| Ok(std::fs::write(dir.join("f"), "1")?);
         let first = scratch
             .0
@@ -461,7 +519,7 @@ mod tests {
 
     #[test]
     fn a_failed_build_leaves_nothing() {
-        let scratch = Scratch::new("failed");
+        let scratch = Own::new("failed");
         let error = scratch.0.get_or_build("k", &key("a"), |dir| {
             std::fs::write(dir.join("half"), "1")?;
             Err("no".into())
@@ -472,7 +530,7 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_one_line_and_leaves_nothing() {
-        let scratch = Scratch::new("full");
+        let scratch = Own::new("full");
         let full = || Box::new(io::Error::from(io::ErrorKind::StorageFull));
         let error = scratch
             .0
@@ -485,7 +543,7 @@ mod tests {
 
     #[test]
     fn what_a_killed_build_left_is_removed_by_the_next() {
-        let scratch = Scratch::new("killed");
+        let scratch = Own::new("killed");
         let room = scratch.0.root().join("k");
         for stem in [key("a").0, key("other").0] {
             std::fs::create_dir_all(room.join(format!("{stem}.tmp")).join("half"))
@@ -500,7 +558,7 @@ mod tests {
 
     #[test]
     fn a_build_under_way_is_not_removed() {
-        let scratch = Scratch::new("underway");
+        let scratch = Own::new("underway");
         scratch
             .0
             .get_or_build("k", &key("a"), |ours| {
@@ -513,7 +571,7 @@ mod tests {
 
     #[test]
     fn two_runs_at_once_build_once() {
-        let scratch = Scratch::new("twice");
+        let scratch = Own::new("twice");
         let built = AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -533,6 +591,17 @@ mod tests {
     }
 
     #[test]
+    fn scratch_directories_come_and_go() {
+        let own = Own::new("scratch");
+        let stale = own.0.root().join("runs/1");
+        std::fs::create_dir_all(&stale).expect("left over");
+        let scratch = own.0.scratch("runs").expect("scratch");
+        assert!(scratch.path().is_dir() && !stale.exists());
+        drop(scratch);
+        assert!(own.left("runs").is_empty());
+    }
+
+    #[test]
     fn parts_of_a_key_do_not_run_into_each_other() {
         let ab_c = Key::builder().bytes("ab").bytes("c").finish();
         let a_bc = Key::builder().bytes("a").bytes("bc").finish();
@@ -542,7 +611,7 @@ mod tests {
 
     #[test]
     fn a_directory_hash_sees_names_modes_contents_and_links() {
-        let scratch = Scratch::new("hash");
+        let scratch = Own::new("hash");
         let dir = scratch.0.root().join("d");
         let hash = || Key::builder().dir(&dir).expect("hashed").finish();
         std::fs::create_dir_all(dir.join("sub")).expect("dir");

@@ -56,6 +56,16 @@ pub enum CommandError {
         /// The last lines of the output.
         tail: String,
     },
+    /// It ran and said no, in few words.
+    #[error("`{command}` ended with {}: {words}", end(*status))]
+    Said {
+        /// As a person would type it.
+        command: String,
+        /// How it ended.
+        status: ExitStatus,
+        /// What it wrote to its standard error.
+        words: String,
+    },
     /// It printed more than anyone expects of it.
     #[error("`{command}` printed more than {OUTPUT_MAX_BYTES} bytes")]
     TooLong {
@@ -206,6 +216,45 @@ pub fn query(command: &mut Command) -> Result<(ExitStatus, Vec<u8>), CommandErro
     Ok((status, output))
 }
 
+/// Runs a small command that is not worth a line unless it fails.
+///
+/// # Errors
+/// It could not be started, or did not end with 0.
+pub fn quiet(command: &mut Command) -> Result<(), CommandError> {
+    let text = shown(command);
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let mut running = spawn(command, OnInterrupt::Kill).map_err(|cause| CommandError::Start {
+        command: text.clone(),
+        cause,
+    })?;
+    let io = |cause| CommandError::Io {
+        command: text.clone(),
+        cause,
+    };
+    let mut words = Vec::new();
+    if let Some(mut stderr) = running.child.stderr.take() {
+        (&mut stderr)
+            .take(TAIL_MAX_BYTES)
+            .read_to_end(&mut words)
+            .map_err(io)?;
+        // Whatever else it has to say must not stop it.
+        io::copy(&mut stderr, &mut io::sink()).map_err(io)?;
+    }
+    let status = running.child.wait().map_err(io)?;
+    if status.success() {
+        return Ok(());
+    }
+    let words = printable(String::from_utf8_lossy(&words).trim_end());
+    Err(CommandError::Said {
+        command: text,
+        status,
+        words,
+    })
+}
+
 /// The command as a person would type it, with the variables set for it in front.
 pub fn shown(command: &Command) -> String {
     let variables = command.get_envs().filter_map(|(name, value)| {
@@ -261,7 +310,7 @@ fn tail_of(log: &mut (impl Read + Seek)) -> String {
 }
 
 /// A log line must not move the cursor of the person reading it.
-fn printable(line: &str) -> String {
+pub fn printable(line: &str) -> String {
     line.chars()
         .filter(|c| !c.is_control() || *c == '\t')
         .collect()

@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use rustix::process::{Pid, Signal, kill_process_group};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
 /// A directory whose writers were just killed may need a second look before it is empty.
@@ -61,7 +61,7 @@ impl Drop for Taken {
 /// # Errors
 /// The handlers could not be installed.
 pub fn install() -> std::io::Result<()> {
-    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP])?;
+    let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGWINCH])?;
     std::thread::spawn(move || {
         for signal in signals.forever() {
             on_signal(signal);
@@ -106,6 +106,9 @@ fn on_signal(signal: i32) {
         if taker.send(signal).is_ok() {
             return;
         }
+    }
+    if signal == SIGWINCH {
+        return;
     }
     // The lock is held until the process ends, so nobody starts anything new behind our back.
     for (_, undo) in &registry.entries {

@@ -9,4 +9,6 @@ pub mod deps;
 pub mod interrupt;
 pub mod kernel;
 pub mod packages;
+pub mod programs;
 pub mod progress;
+pub mod testbed;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use xtask::testbed::{self, Testbed};
 use xtask::{deps, interrupt, kernel};
 
 /// Build, run and test Capsid. Whatever takes long is kept in /var/cache/capsid (CAPSID_CACHE names another place).
@@ -23,6 +24,9 @@ enum Xtask {
     Deps,
     /// Build the guest kernel, or find it in the cache; prints the path of vmlinux
     Kernel(kernel::Options),
+    /// An emulated host with a real KVM, for machines that have none
+    #[command(subcommand)]
+    Testbed(Testbed),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +48,7 @@ fn run(subcommand: &Xtask) -> Result<ExitCode, Box<dyn Error>> {
     match subcommand {
         Xtask::Deps => Ok(deps::run(&workspace())?),
         Xtask::Kernel(options) => Ok(kernel::run(&workspace(), options)?),
+        Xtask::Testbed(testbed) => testbed::run(testbed, &workspace()),
     }
 }
 

@@ -1,0 +1,362 @@
+//! The emulated host as a QEMU process: its command line, its sockets, its end.
+//!
+//! The machine has exactly what `arguments` says, the same when it is saved and when it is resumed: a saved state fits no
+//! other. QEMU dies with us (see `command`), and what it says on its console is at hand when it goes wrong.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use rustix::io::{FdFlags, fcntl_setfd};
+
+use crate::command::{self, OnInterrupt, Running};
+use crate::testbed::qmp::{Qmp, QmpError};
+
+/// The program, of Debian's `qemu-system-x86`.
+pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
+/// Memory of the emulated host.
+const MEMORY_MIB: u32 = 3072;
+/// How much of the console an error shows.
+const CONSOLE_TAIL_MAX_LINES: usize = 20;
+
+/// How time passes inside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// As outside; two processors.
+    Plain,
+    /// One nanosecond an instruction; one processor. Slow, and the same on every machine.
+    Metered,
+}
+
+/// The files of a machine.
+#[derive(Debug, Clone)]
+pub struct Files {
+    /// Kernel.
+    pub kernel: PathBuf,
+    /// Initial ramdisk.
+    pub initrd: PathBuf,
+    /// Root disk, raw.
+    pub root: PathBuf,
+    /// The machine's memory.
+    pub memory: PathBuf,
+    /// Drive with the programs under test, raw.
+    pub programs: PathBuf,
+}
+
+/// Whether the machine is made or used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Start {
+    /// Boots; writes to root disk and memory file.
+    Boot,
+    /// Waits for a state to go on from; changes nothing on disk.
+    Resume,
+}
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum MachineError {
+    /// QEMU did not start.
+    #[error("starting {QEMU}")]
+    Start(#[source] io::Error),
+    /// It went wrong later.
+    #[error("{what}\nthe testbed's last words:\n{words}")]
+    Died {
+        /// What we saw.
+        what: String,
+        /// QEMU's messages and the console's tail.
+        words: String,
+    },
+}
+
+/// A running QEMU, killed when dropped.
+#[derive(Debug)]
+pub struct Machine {
+    qemu: Running,
+    /// Where QEMU's messages and the guest's console go.
+    scratch: PathBuf,
+    /// The machine protocol.
+    pub qmp: Qmp,
+    /// The other end of the door.
+    pub door: UnixStream,
+}
+
+impl Machine {
+    /// Starts QEMU; `scratch` is a directory for its messages and throw-away files.
+    ///
+    /// # Errors
+    /// QEMU is missing, or refuses its command line.
+    pub fn start(
+        mode: Mode,
+        start: Start,
+        files: &Files,
+        scratch: &Path,
+    ) -> Result<Self, MachineError> {
+        let (door, their_door) = UnixStream::pair().map_err(MachineError::Start)?;
+        let (qmp, their_qmp) = UnixStream::pair().map_err(MachineError::Start)?;
+        let sockets = [inherited(their_door)?, inherited(their_qmp)?];
+        let fds = sockets
+            .each_ref()
+            .map(|socket| socket.as_raw_fd().to_string());
+        let messages = File::create(scratch.join("qemu.log")).map_err(MachineError::Start)?;
+        let mut command = Command::new(QEMU);
+        command.args(arguments(
+            mode,
+            start,
+            files,
+            &scratch.join("console.log"),
+            &fds,
+        ));
+        // The throw-away copy of the root disk goes where `TMPDIR` says.
+        command
+            .env("TMPDIR", scratch)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(messages);
+        let qemu = command::spawn(&mut command, OnInterrupt::Kill).map_err(MachineError::Start)?;
+        drop(sockets);
+        match Qmp::start(qmp) {
+            Ok(qmp) => Ok(Self {
+                qemu,
+                scratch: scratch.to_owned(),
+                qmp,
+                door,
+            }),
+            Err(cause) => Err(died(&format!("QEMU did not start: {cause}"), scratch)),
+        }
+    }
+
+    /// An error about this machine, with its last words.
+    pub fn died(&self, what: &str) -> MachineError {
+        died(what, &self.scratch)
+    }
+
+    /// Saves the state and ends QEMU in good order.
+    ///
+    /// # Errors
+    /// QEMU could not.
+    pub fn save_and_quit(mut self, state: &Path) -> Result<(), MachineError> {
+        let saved = self.qmp.save(&uri(state)).and_then(|()| self.qmp.quit());
+        saved.map_err(|cause| self.died_of(&cause))?;
+        let status = self.qemu.child.wait().map_err(MachineError::Start)?;
+        if status.success() {
+            Ok(())
+        } else {
+            Err(self.died(&format!("QEMU ended with {}", command::end(status))))
+        }
+    }
+
+    /// Goes on from a saved state.
+    ///
+    /// # Errors
+    /// QEMU could not.
+    pub fn resume(&mut self, state: &Path) -> Result<(), MachineError> {
+        self.qmp
+            .load(&uri(state))
+            .map_err(|cause| self.died_of(&cause))
+    }
+
+    fn died_of(&self, cause: &QmpError) -> MachineError {
+        self.died(&cause.to_string())
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        // It may have ended by itself; there is nothing in it that is still wanted.
+        let _ = self.qemu.child.kill();
+        let _ = self.qemu.child.wait();
+    }
+}
+
+/// QEMU's arguments. Paths and descriptors apart, `Boot` and `Resume` describe the same machine.
+pub fn arguments(
+    mode: Mode,
+    start: Start,
+    files: &Files,
+    console: &Path,
+    [door, qmp]: &[String; 2],
+) -> Vec<String> {
+    let of = |path: &Path| escaped(path);
+    let (accelerator, processors) = match mode {
+        Mode::Plain => (["-accel", "tcg,thread=multi"].as_slice(), "2"),
+        Mode::Metered => (
+            [
+                "-accel",
+                "tcg,thread=single",
+                "-icount",
+                "shift=0,sleep=off",
+            ]
+            .as_slice(),
+            "1",
+        ),
+    };
+    let (sharing, keeping, incoming) = match start {
+        Start::Boot => ("share=on", "", [].as_slice()),
+        Start::Resume => (
+            "share=off,readonly=on,rom=off",
+            ",snapshot=on",
+            ["-incoming", "defer"].as_slice(),
+        ),
+    };
+    let mut all: Vec<String> = Vec::new();
+    let mut add = |words: &[&str]| all.extend(words.iter().map(|word| (*word).to_owned()));
+    add(&[
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-no-reboot",
+    ]);
+    add(&[
+        "-machine",
+        "q35,memory-backend=memory",
+        "-cpu",
+        "max",
+        "-smp",
+        processors,
+    ]);
+    add(accelerator);
+    add(&["-m", &MEMORY_MIB.to_string()]);
+    let memory = of(&files.memory);
+    add(&[
+        "-object",
+        &format!("memory-backend-file,id=memory,size={MEMORY_MIB}M,mem-path={memory},{sharing}"),
+    ]);
+    add(&[
+        "-kernel",
+        &files.kernel.to_string_lossy(),
+        "-initrd",
+        &files.initrd.to_string_lossy(),
+    ]);
+    add(&["-append", KERNEL_COMMAND_LINE]);
+    add(&[
+        "-chardev",
+        &format!("file,id=console,path={}", of(console)),
+        "-serial",
+        "chardev:console",
+    ]);
+    let root = of(&files.root);
+    add(&[
+        "-drive",
+        &format!("file={root},format=raw,if=none,id=root,cache=unsafe,discard=unmap{keeping}"),
+    ]);
+    add(&["-device", "virtio-blk-pci,drive=root"]);
+    let programs = of(&files.programs);
+    add(&[
+        "-drive",
+        &format!("file={programs},format=raw,if=none,id=programs,readonly=on"),
+    ]);
+    add(&["-device", "virtio-blk-pci,drive=programs"]);
+    add(&["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
+    add(&["-chardev", &format!("socket,id=door,fd={door}")]);
+    add(&["-device", "virtserialport,chardev=door,name=capsid.door"]);
+    add(&[
+        "-chardev",
+        &format!("socket,id=qmp,fd={qmp}"),
+        "-mon",
+        "chardev=qmp,mode=control",
+    ]);
+    add(incoming);
+    all
+}
+
+/// The emulated processor leaks nothing to speculate about, and the inode tables need no zeroing: both only take time.
+const KERNEL_COMMAND_LINE: &str = "root=/dev/vda rw rootflags=noinit_itable console=ttyS0 loglevel=5 panic=-1 \
+     mitigations=off init=/usr/sbin/testbed-door";
+
+/// QEMU's own way to write a comma inside a value.
+fn escaped(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
+}
+
+fn uri(state: &Path) -> String {
+    format!("file:{}", state.to_string_lossy())
+}
+
+fn inherited(socket: UnixStream) -> Result<OwnedFd, MachineError> {
+    let fd = OwnedFd::from(socket);
+    fcntl_setfd(&fd, FdFlags::empty()).map_err(|errno| MachineError::Start(errno.into()))?;
+    Ok(fd)
+}
+
+fn died(what: &str, scratch: &Path) -> MachineError {
+    let mut words = Vec::new();
+    for log in ["qemu.log", "console.log"] {
+        // A log that is not there has nothing to add.
+        let bytes = std::fs::read(scratch.join(log)).unwrap_or_default();
+        let text = String::from_utf8_lossy(&bytes);
+        let lines: Vec<&str> = text.lines().collect();
+        let skipped = lines.len().saturating_sub(CONSOLE_TAIL_MAX_LINES);
+        words.extend(
+            lines
+                .iter()
+                .skip(skipped)
+                .map(|line| format!("    {}", command::printable(line))),
+        );
+    }
+    MachineError::Died {
+        what: what.to_owned(),
+        words: words.join("\n"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files() -> Files {
+        Files {
+            kernel: "/c/vmlinuz".into(),
+            initrd: "/c/initrd".into(),
+            root: "/c/a,b.img".into(),
+            memory: "/c/memory".into(),
+            programs: "/s/programs.img".into(),
+        }
+    }
+
+    fn line(mode: Mode, start: Start) -> String {
+        let fds = ["3".to_owned(), "4".to_owned()];
+        arguments(mode, start, &files(), Path::new("/s/console"), &fds).join(" ")
+    }
+
+    #[test]
+    fn a_resumed_machine_writes_to_nothing_that_is_kept() {
+        let line = line(Mode::Plain, Start::Resume);
+        assert!(
+            line.contains("mem-path=/c/memory,share=off,readonly=on"),
+            "{line}"
+        );
+        assert!(
+            line.contains(
+                "file=/c/a,,b.img,format=raw,if=none,id=root,cache=unsafe,discard=unmap,snapshot=on"
+            ),
+            "{line}"
+        );
+        assert!(line.contains("id=programs,readonly=on"), "{line}");
+    }
+
+    #[test]
+    fn booted_and_resumed_machines_have_the_same_devices() {
+        let devices = |start| -> Vec<String> {
+            let all = line(Mode::Plain, start);
+            all.split(" -device ")
+                .skip(1)
+                .map(|part| part.split(' ').next().unwrap_or_default().to_owned())
+                .collect()
+        };
+        assert_eq!(devices(Start::Boot), devices(Start::Resume));
+        assert_eq!(devices(Start::Boot).len(), 5);
+    }
+
+    #[test]
+    fn the_metered_machine_counts_instructions_on_one_processor() {
+        let line = line(Mode::Metered, Start::Boot);
+        assert!(
+            line.contains("-smp 1 -accel tcg,thread=single -icount shift=0,sleep=off"),
+            "{line}"
+        );
+    }
+}

@@ -1,0 +1,269 @@
+//! One command inside, seen from here: our streams and signals go in, its streams and exit code come out.
+//!
+//! A thread for each direction, so that a stream nobody reads holds up nothing else; what is under way is bounded by the
+//! windows of `frame`. The third signal gives up on the command and the machine is killed with it.
+
+use std::collections::HashMap;
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use signal_hook::consts::SIGWINCH;
+
+use crate::interrupt::Taken;
+use crate::testbed::frame::{DATA_MAX_BYTES, Decoder, Frame, Run, Stream, WINDOW_BYTES};
+use crate::testbed::terminal;
+
+/// So many signals are passed on; after the last one we stop waiting for the command.
+const SIGNALS_MAX: u32 = 3;
+/// As of coreutils' `timeout`.
+const TIMED_OUT: u8 = 124;
+/// One read from the door.
+const DOOR_READ_BYTES: usize = 64 << 10;
+
+/// Why the command's end is not known.
+#[derive(Debug, thiserror::Error)]
+pub enum SessionError {
+    /// The machine went down under the command.
+    #[error("the testbed ended before the command: {0}")]
+    Gone(String),
+    /// The socket could not be shared between threads.
+    #[error("opening the streams")]
+    Io(#[source] io::Error),
+}
+
+enum Event {
+    Frame(Frame),
+    Signal(i32),
+    Gone(String),
+}
+
+/// What the other end still takes of a stream.
+#[derive(Default)]
+struct Credit {
+    left: Mutex<u32>,
+    more: Condvar,
+}
+
+/// Runs a command and returns its exit code.
+///
+/// # Errors
+/// The machine ended first.
+pub(crate) fn carry(
+    door: &UnixStream,
+    run: Run,
+    input: Option<impl Read + Send + 'static>,
+    signals: Taken,
+    limit: Option<Duration>,
+) -> Result<u8, SessionError> {
+    let (events, inbox) = channel();
+    let outbox = writer(door.try_clone().map_err(SessionError::Io)?);
+    reader(door.try_clone().map_err(SessionError::Io)?, events.clone());
+    forward_signals(signals, events);
+    let credit = Arc::new(Credit::default());
+    credit.add(WINDOW_BYTES);
+    send(&outbox, Frame::Run(run));
+    match input {
+        Some(input) => feed(input, outbox.clone(), Arc::clone(&credit)),
+        None => send(&outbox, Frame::Closed(Stream::In)),
+    }
+    let mut sinks = HashMap::from([
+        (Stream::Out, sink(Stream::Out, io::stdout(), outbox.clone())),
+        (Stream::Err, sink(Stream::Err, io::stderr(), outbox.clone())),
+    ]);
+    let code = wait(&inbox, &outbox, &credit, &mut sinks, limit)?;
+    for (_, (data, thread)) in sinks {
+        drop(data);
+        // It can only have ended by itself, when nobody reads our output any more.
+        let _ = thread.join();
+    }
+    Ok(code)
+}
+
+type Sinks = HashMap<Stream, (Sender<Vec<u8>>, JoinHandle<()>)>;
+
+fn wait(
+    inbox: &Receiver<Event>,
+    outbox: &Sender<Frame>,
+    credit: &Credit,
+    sinks: &mut Sinks,
+    limit: Option<Duration>,
+) -> Result<u8, SessionError> {
+    let deadline = limit.map(|limit| Instant::now() + limit);
+    let mut signals = 0;
+    loop {
+        let event = match deadline {
+            None => inbox.recv().map_err(|_| RecvTimeoutError::Disconnected),
+            Some(deadline) => {
+                inbox.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+            }
+        };
+        match event {
+            Ok(Event::Frame(Frame::Data(stream, bytes))) => {
+                if let Some((data, _)) = sinks.get(&stream) {
+                    // A sink that is gone has told the other end so already.
+                    let _ = data.send(bytes);
+                }
+            }
+            Ok(Event::Frame(Frame::Credit(Stream::In, bytes))) => credit.add(bytes),
+            Ok(Event::Frame(Frame::Closed(_))) => {}
+            Ok(Event::Frame(Frame::Exit(code))) => return Ok(code),
+            Ok(Event::Frame(Frame::Refused(code, why))) => {
+                eprintln!("testbed: {why}");
+                return Ok(code);
+            }
+            Ok(Event::Frame(frame)) => {
+                return Err(SessionError::Gone(format!(
+                    "it spoke out of turn: {frame:?}"
+                )));
+            }
+            Ok(Event::Signal(SIGWINCH)) => {
+                if let Some(size) = terminal::size() {
+                    send(outbox, Frame::Resize(size));
+                }
+            }
+            Ok(Event::Signal(number)) => {
+                signals += 1;
+                let number = u8::try_from(number).unwrap_or_default();
+                if signals >= SIGNALS_MAX {
+                    eprintln!("testbed: the command does not end; the testbed does");
+                    return Ok(128 + number);
+                }
+                send(outbox, Frame::Signal(number));
+            }
+            Ok(Event::Gone(why)) => return Err(SessionError::Gone(why)),
+            Err(RecvTimeoutError::Timeout) => {
+                eprintln!("testbed: the command did not end within its time limit");
+                return Ok(TIMED_OUT);
+            }
+            Err(RecvTimeoutError::Disconnected) => {
+                return Err(SessionError::Gone("nobody is left to hear from".to_owned()));
+            }
+        }
+    }
+}
+
+fn send(outbox: &Sender<Frame>, frame: Frame) {
+    // The writer ends only when the door is shut, which the reader notices and tells.
+    let _ = outbox.send(frame);
+}
+
+fn writer(mut door: UnixStream) -> Sender<Frame> {
+    let (outbox, frames) = channel::<Frame>();
+    std::thread::spawn(move || {
+        for frame in frames {
+            if door.write_all(&frame.encode()).is_err() {
+                return;
+            }
+        }
+    });
+    outbox
+}
+
+fn reader(mut door: UnixStream, events: Sender<Event>) {
+    std::thread::spawn(move || {
+        let mut decoder = Decoder::default();
+        let mut bytes = vec![0; DOOR_READ_BYTES];
+        loop {
+            let why = match decoder.next_frame() {
+                Ok(Some(frame)) => {
+                    if events.send(Event::Frame(frame)).is_err() {
+                        return;
+                    }
+                    continue;
+                }
+                Ok(None) => match door.read(&mut bytes) {
+                    Ok(0) => "QEMU ended".to_owned(),
+                    Ok(length) => {
+                        decoder.push(bytes.get(..length).unwrap_or_default());
+                        continue;
+                    }
+                    Err(error) => error.to_string(),
+                },
+                Err(error) => error.to_string(),
+            };
+            let _ = events.send(Event::Gone(why));
+            return;
+        }
+    });
+}
+
+fn forward_signals(signals: Taken, events: Sender<Event>) {
+    std::thread::spawn(move || {
+        for signal in &signals.signals {
+            if events.send(Event::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    });
+}
+
+/// Reads our input and sends it, as far as the credit goes.
+fn feed(mut input: impl Read + Send + 'static, outbox: Sender<Frame>, credit: Arc<Credit>) {
+    std::thread::spawn(move || {
+        let mut bytes = vec![0; DATA_MAX_BYTES];
+        loop {
+            let room = credit.wait();
+            let limit = room.min(bytes.len());
+            match input.read(bytes.get_mut(..limit).unwrap_or_default()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Ok(length) if length > 0 => {
+                    credit.take(length);
+                    send(
+                        &outbox,
+                        Frame::Data(Stream::In, bytes.get(..length).unwrap_or_default().to_vec()),
+                    );
+                }
+                // The end, or an input that cannot be read: both are the end to the command.
+                Ok(_) | Err(_) => return send(&outbox, Frame::Closed(Stream::In)),
+            }
+        }
+    });
+}
+
+/// Writes one of the command's outputs to ours and gives credit back for what was taken.
+fn sink(
+    stream: Stream,
+    mut ours: impl Write + Send + 'static,
+    outbox: Sender<Frame>,
+) -> (Sender<Vec<u8>>, JoinHandle<()>) {
+    let (data, pieces) = channel::<Vec<u8>>();
+    let thread = std::thread::spawn(move || {
+        for piece in pieces {
+            if ours.write_all(&piece).and_then(|()| ours.flush()).is_err() {
+                return send(&outbox, Frame::Closed(stream));
+            }
+            send(
+                &outbox,
+                Frame::Credit(stream, u32::try_from(piece.len()).unwrap_or(u32::MAX)),
+            );
+        }
+    });
+    (data, thread)
+}
+
+impl Credit {
+    fn add(&self, bytes: u32) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        *left = left.saturating_add(bytes).min(WINDOW_BYTES);
+        self.more.notify_one();
+    }
+
+    /// Waits until there is some, and returns how much.
+    fn wait(&self) -> usize {
+        let left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        let left = self
+            .more
+            .wait_while(left, |left| *left == 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        *left as usize
+    }
+
+    fn take(&self, bytes: usize) {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        *left = left.saturating_sub(u32::try_from(bytes).unwrap_or(u32::MAX));
+    }
+}
