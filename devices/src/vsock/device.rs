@@ -1,4 +1,8 @@
 //! The vsock device between the transport, the event loop and the host.
+//!
+//! Sockets are touched and packets are served on the loop's thread alone (and on that of
+//! [`VsockHandle::connect`], which is the same one in the VMM). A vCPU's thread, which activates and resets the
+//! device, only hands the queues over and takes them back: it needs no system call that a socket needs.
 
 use super::connection::{Connection, Verdict};
 use super::packet::{Op, Packet, Ports, ResetReply};
@@ -138,6 +142,7 @@ impl VsockDevice {
                 resume,
                 tx_due: false,
                 owes_reset_event: false,
+                forgotten: false,
             })
         });
         // From here on its drop forgets what is watched.
@@ -209,13 +214,16 @@ impl VirtioDevice for VsockDevice {
             }
         }
         core.queues = Some(queues);
-        core.tx_due = true;
-        core.work();
+        // The resumption looks at the transmit queue.
+        core.resume_later();
         Ok(())
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
-        self.core().stop();
+        let mut core = self.core();
+        core.release_queues();
+        core.forgotten = true;
+        core.resume_later();
         Ok(())
     }
 }
@@ -237,7 +245,7 @@ impl VsockHandle {
     pub fn reset_transport(&self) {
         if let Some(core) = self.0.upgrade() {
             let mut core = lock(&core);
-            core.drop_connections();
+            core.forgotten = true;
             core.owes_reset_event = true;
             core.work();
         }
@@ -283,10 +291,13 @@ pub(super) struct Core {
     pub(super) tx_due: bool,
     /// The driver is to be told of a transport reset.
     pub(super) owes_reset_event: bool,
+    /// The driver reset the device: the connections are to be dropped before anything else is done.
+    forgotten: bool,
 }
 
 impl Subscriber for Core {
     fn ready(&mut self, token: u64, readiness: Readiness) {
+        self.drop_forgotten();
         match token {
             TOKEN_TIMER => self.expire(),
             TOKEN_RESUME => {
@@ -328,6 +339,7 @@ impl Core {
 
     /// Does what can be done now. Bounded by the queues' sizes; the rest is done on a later turn of the loop.
     fn work(&mut self) {
+        self.drop_forgotten();
         if let Some(mut queues) = self.queues.take() {
             let done = self.serve(&mut queues);
             self.queues = Some(queues);
@@ -357,13 +369,25 @@ impl Core {
 
     /// Lets go of the queues and of all connections.
     fn stop(&mut self) {
+        self.release_queues();
+        self.drop_connections();
+        self.arm_timer();
+    }
+
+    /// After it nothing touches the guest's memory.
+    fn release_queues(&mut self) {
         if let Some(queues) = self.queues.take() {
             for (_, fd) in queues.kicks() {
                 self.event_loop.forget(fd);
             }
         }
-        self.drop_connections();
-        self.arm_timer();
+    }
+
+    /// Drops the connections of a driver that has reset the device.
+    fn drop_forgotten(&mut self) {
+        if std::mem::take(&mut self.forgotten) {
+            self.drop_connections();
+        }
     }
 
     fn drop_connections(&mut self) {
@@ -382,6 +406,7 @@ impl Core {
     }
 
     fn connect(&mut self, port: u32, host: OwnedFd) -> Result<(), ConnectRefused> {
+        self.drop_forgotten();
         if self.queues.is_none() {
             return Err(ConnectRefused::NotReady);
         }

@@ -467,6 +467,7 @@ fn run(steps: Vec<Step>) {
         "no packet is a reason for a reset"
     );
     guest.driver.reset();
+    guest.settle();
     assert_eq!(guest.handle.connections(), 0);
     assert_eq!(guest.poller.watched(), 2);
     for host in &mut hosts {

@@ -179,6 +179,7 @@ fn a_reset_of_the_device_closes_every_host_end_and_a_new_driver_starts_afresh() 
     for round in 0..3 {
         guest.driver.reset();
         assert_eq!(guest.driver.status(), 0);
+        guest.settle();
         for host in [&mut dialled, &mut connected, &mut asked] {
             assert_eq!(host.read(&mut [0; 8]).unwrap(), 0);
         }
@@ -201,6 +202,25 @@ fn a_reset_of_the_device_closes_every_host_end_and_a_new_driver_starts_afresh() 
         (connected, _) = guest.connected(1025);
         (asked, _) = guest.connect(1026);
     }
+}
+
+#[test]
+fn a_driver_that_is_back_before_the_loop_turned_meets_no_old_connection() {
+    let mut guest = up();
+    let mut host = guest.dial(1024, 7);
+    guest.driver.reset();
+    guest.driver.negotiate(0);
+    for queue in 0..3 {
+        guest.driver.setup_queue(queue, 64);
+    }
+    guest.driver.start();
+    guest.refill(8);
+    host.write_all(b"old").unwrap();
+    assert!(guest.ops().is_empty());
+    assert_eq!(read_now(&mut host), (vec![], true));
+    guest.send(&Wire::data(1024, 7, b"old"));
+    assert_eq!(guest.ops(), [RST]);
+    idle(&mut guest);
 }
 
 #[test]
