@@ -142,13 +142,8 @@ impl Msix {
 
     /// Fills `data` from the table at `offset`; zero beyond its end.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            let word = usize::try_from(at / ENTRY_BYTES as u64)
-                .ok()
-                .and_then(|vector| self.state.entries.get(vector))
-                .and_then(|entry| entry.words.get(at as usize % ENTRY_BYTES / 4));
-            *byte = word.map_or(0, |word| (word >> (at % 4 * 8)) as u8);
-        }
+        let words = self.state.entries.iter().flat_map(|entry| entry.words);
+        fill(data, offset, words.flat_map(u32::to_le_bytes));
     }
 
     /// Takes a write to the table; only whole aligned dwords and qwords are (PCI 3.0 section 6.8.2), the
@@ -183,17 +178,11 @@ impl Msix {
 
     /// Fills `data` from the pending bits at `offset`; zero beyond their end. The guest cannot write them.
     pub fn read_pending(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            *byte = 0;
-            for bit in 0..8u8 {
-                let pending = at
-                    .checked_mul(8)
-                    .and_then(|first| usize::try_from(first + u64::from(bit)).ok())
-                    .and_then(|vector| self.state.entries.get(vector))
-                    .is_some_and(|entry| entry.pending);
-                *byte |= u8::from(pending) << bit;
-            }
-        }
+        let bytes = self.state.entries.chunks(8).map(|entries| {
+            let bits = entries.iter().rev();
+            bits.fold(0, |byte, entry| byte << 1 | u8::from(entry.pending))
+        });
+        fill(data, offset, bytes);
     }
 
     /// Interrupts by `vector`: at once, when it is unmasked, or never if MSI-X is disabled or there is no
@@ -255,3 +244,13 @@ impl Msix {
         }
     }
 }
+
+/// Fills `data` with what is in `bytes` from `offset` on, and zeros beyond.
+fn fill(data: &mut [u8], offset: u64, bytes: impl Iterator<Item = u8>) {
+    let mut bytes = bytes.skip(usize::try_from(offset).unwrap_or(usize::MAX));
+    data.fill_with(|| bytes.next().unwrap_or(0));
+}
+
+#[cfg(test)]
+#[path = "msix_tests.rs"]
+mod tests;

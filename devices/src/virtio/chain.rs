@@ -311,3 +311,7 @@ impl Write for Writable<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "chain_tests.rs"]
+mod tests;

@@ -484,3 +484,7 @@ fn body(kind: u8, offset: u32, length: u32, more: &[u8]) -> Vec<u8> {
     body.extend(more);
     body
 }
+
+#[cfg(test)]
+#[path = "pci_tests.rs"]
+mod tests;
