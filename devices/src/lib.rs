@@ -8,6 +8,7 @@
 
 pub mod bus;
 pub mod event;
+pub mod fs;
 pub mod i8042;
 pub mod machine;
 pub mod pci;

@@ -1,0 +1,343 @@
+//! The virtio-fs device (virtio 1.2 section 5.11) and how a share's threads come to be.
+
+use super::confine::{ConfineError, drop_privileges, enter_tree, open_root, own_working_directory};
+use super::server::Server;
+use super::session::FdBudget;
+use super::threads::Pool;
+use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+/// Device type 26: file system.
+const DEVICE_TYPE: u16 = 26;
+/// The priority queue is queue 0, the one request queue comes after it (section 5.11.2). The largest
+/// request of Linux takes 260 descriptors.
+const QUEUE_SIZES: [u16; 2] = [128, 1024];
+/// Longest tag, bytes (section 5.11.4).
+const TAG_MAX_BYTES: usize = 36;
+/// Threads of one share, which is also how many of its requests can be blocked in the host's file system
+/// before the share stands still. More would only wait for the same CPUs and disk.
+pub const SHARE_THREADS: usize = 4;
+/// Stack of one thread, bytes. Nothing here recurses.
+const THREAD_STACK_BYTES: usize = 256 * 1024;
+/// How long a reset waits for requests that the host's file system holds up.
+const RESET_TIMEOUT_MS: u64 = 2_000;
+/// How long dropping the device waits for its threads.
+const EXIT_TIMEOUT_MS: u64 = 500;
+/// The least descriptors with which a share works, and the most that it keeps for nodes.
+pub const FD_BUDGET_MIN: usize = 256;
+const NODE_FDS_MAX: usize = 4096;
+
+/// What each thread calls last, before it reads the guest's first byte: the VMM's seccomp filter for
+/// [`super::FS_SYSCALLS`].
+pub type Seal = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
+
+/// Everything that a share is made of.
+pub struct ShareSetup {
+    /// Mount tag, 1 to 36 bytes of UTF-8 without NUL.
+    pub tag: String,
+    /// A detached mount tree (`open_tree(2)` with OPEN_TREE_CLONE and AT_RECURSIVE) whose root is a
+    /// directory. Read-only mounts in it stay read-only: that is how a volume is protected.
+    pub tree: OwnedFd,
+    /// Whom the threads become, never 0: the jail's user.
+    pub uid: u32,
+    /// Its group, never 0.
+    pub gid: u32,
+    /// Descriptors that this share may have open for the guest, at least [`FD_BUDGET_MIN`]. The VMM's
+    /// RLIMIT_NOFILE must hold the budgets of all shares and its own needs, and the threads use up to four
+    /// more each for moments.
+    pub fd_budget: usize,
+    /// Called on each thread last.
+    pub seal: Seal,
+}
+
+/// Why a share could not be started. Then no thread of it is left.
+#[derive(Debug, thiserror::Error)]
+pub enum ShareError {
+    /// Not a tag.
+    #[error("share tag {0:?} is empty, longer than 36 bytes or has a NUL in it")]
+    Tag(String),
+    /// The threads would stay root.
+    #[error("share {0:?}: its threads must not run as user or group 0")]
+    Root(String),
+    /// Too few descriptors.
+    #[error(
+        "share {tag:?}: a budget of {budget} descriptors is too small, give at least {FD_BUDGET_MIN}"
+    )]
+    Budget {
+        /// The share.
+        tag: String,
+        /// What it was given.
+        budget: usize,
+    },
+    /// A thread could not be confined.
+    #[error("share {tag:?}: a file-system thread could not be confined")]
+    Confine {
+        /// The share.
+        tag: String,
+        /// The step that failed.
+        #[source]
+        cause: ConfineError,
+    },
+    /// No thread, or it could not be sealed.
+    #[error("share {tag:?}: cannot {what}")]
+    Thread {
+        /// The share.
+        tag: String,
+        /// What was being done.
+        what: &'static str,
+        /// Why it failed.
+        #[source]
+        cause: io::Error,
+    },
+}
+
+/// The failure of one thread, before the share's tag is added.
+enum ThreadError {
+    Confine(ConfineError),
+    Io(&'static str, io::Error),
+}
+
+impl From<ConfineError> for ThreadError {
+    fn from(cause: ConfineError) -> ThreadError {
+        ThreadError::Confine(cause)
+    }
+}
+
+impl ThreadError {
+    fn of(self, tag: String) -> ShareError {
+        match self {
+            ThreadError::Confine(cause) => ShareError::Confine { tag, cause },
+            ThreadError::Io(what, cause) => ShareError::Thread { tag, what, cause },
+        }
+    }
+}
+
+/// Starts the threads of a share and confines each of them; when it returns they wait for the guest with
+/// everything given up, and the device can be put on the bus.
+///
+/// To be called while the process still has CAP_SYS_ADMIN, CAP_SETPCAP and the capabilities that the threads
+/// keep, and `/proc` is procfs. Nothing of the rest of the process changes: each thread has its own mount
+/// namespace, working directory, umask, identity, capabilities and filter. The process then drops its own
+/// privileges with calls that reach one thread only (raw system calls; glibc's `setresuid` and TSYNC would
+/// reach these threads too), and keeps `/proc/self/fd` readable for its own threads, which the kernel grants
+/// whatever their identities are.
+///
+/// # Errors
+/// [`ShareError`] says what could not be done; the threads started so far end.
+pub fn spawn_share_threads(setup: ShareSetup) -> Result<VirtioFs, ShareError> {
+    let tag = setup.tag;
+    if tag.is_empty() || tag.len() > TAG_MAX_BYTES || tag.contains('\0') {
+        return Err(ShareError::Tag(tag));
+    }
+    if setup.uid == 0 || setup.gid == 0 {
+        return Err(ShareError::Root(tag));
+    }
+    if setup.fd_budget < FD_BUDGET_MIN {
+        let budget = setup.fd_budget;
+        return Err(ShareError::Budget { tag, budget });
+    }
+    let (report, reports) = mpsc::channel();
+    let (seal, identity) = (setup.seal, (setup.uid, setup.gid));
+    let (tree, budget) = (setup.tree, split_budget(setup.fd_budget));
+    let lead = move || lead(&tree, identity, budget, &seal, report);
+    let leader = spawn(0, lead).map_err(|error| error.of(tag.clone()))?;
+    let mut share = None;
+    let mut ready = 0;
+    while ready < SHARE_THREADS {
+        match reports.recv() {
+            Ok(Report::Ready) => ready += 1,
+            Ok(Report::Confined(pool, threads)) => share = Some((pool, threads)),
+            Ok(Report::Failed(error)) => {
+                if let Some((pool, _)) = share {
+                    pool.exit();
+                }
+                return Err(error.of(tag));
+            }
+            // Every sender is gone, and with it every thread that had not reported.
+            Err(mpsc::RecvError) => break,
+        }
+    }
+    match share {
+        Some((pool, mut threads)) if ready == SHARE_THREADS => {
+            threads.push(leader);
+            Ok(VirtioFs { tag, pool, threads })
+        }
+        _ => Err(ShareError::Thread {
+            tag,
+            what: "hear from its threads",
+            cause: io::ErrorKind::BrokenPipe.into(),
+        }),
+    }
+}
+
+fn split_budget(descriptors: usize) -> FdBudget {
+    let nodes = (descriptors / 4).min(NODE_FDS_MAX);
+    FdBudget {
+        nodes,
+        files: descriptors - nodes,
+    }
+}
+
+/// What a starting thread tells the caller.
+enum Report {
+    /// The leader is in the share and has started the others.
+    Confined(Arc<Pool>, Vec<JoinHandle<()>>),
+    /// One thread waits for the guest.
+    Ready,
+    Failed(ThreadError),
+}
+
+/// The first thread: enters the share and drops its privileges; the others inherit both from it.
+fn lead(
+    tree: &OwnedFd,
+    (uid, gid): (u32, u32),
+    budget: FdBudget,
+    seal: &Seal,
+    report: mpsc::Sender<Report>,
+) {
+    let confined = || -> Result<_, ThreadError> {
+        let fds = Arc::new(enter_tree(tree)?);
+        let root = open_root()?;
+        drop_privileges(uid, gid)?;
+        Ok((
+            fds.clone(),
+            Arc::new(Pool::new(Server::new(root, fds, budget))),
+        ))
+    };
+    let followers = confined().and_then(|(fds, pool)| {
+        let mut threads = Vec::new();
+        for number in 1..SHARE_THREADS {
+            let (pool_, fds_, seal_, report_) =
+                (pool.clone(), fds.clone(), seal.clone(), report.clone());
+            match spawn(number, move || work(&pool_, &fds_, &seal_, report_)) {
+                Ok(thread) => threads.push(thread),
+                Err(error) => {
+                    pool.exit();
+                    return Err(error);
+                }
+            }
+        }
+        Ok((fds, pool, threads))
+    });
+    match followers {
+        Ok((fds, pool, threads)) => {
+            // A caller that is gone has dropped the device and with it the pool.
+            let _caller_gone = report.send(Report::Confined(pool.clone(), threads));
+            work(&pool, &fds, seal, report);
+        }
+        Err(error) => {
+            let _caller_gone = report.send(Report::Failed(error));
+        }
+    }
+}
+
+/// Every thread: the last steps, and then its life.
+fn work(pool: &Arc<Pool>, fds: &OwnedFd, seal: &Seal, report: mpsc::Sender<Report>) {
+    let _alive = pool.alive();
+    let sealed = || -> Result<(), ThreadError> {
+        own_working_directory(fds.as_fd())?;
+        seal().map_err(|cause| ThreadError::Io("seal a file-system thread", cause))
+    };
+    match sealed() {
+        Ok(()) => {
+            let _caller_gone = report.send(Report::Ready);
+            drop(report);
+            pool.run();
+        }
+        Err(error) => {
+            let _caller_gone = report.send(Report::Failed(error));
+        }
+    }
+}
+
+fn spawn(
+    number: usize,
+    body: impl FnOnce() + Send + 'static,
+) -> Result<JoinHandle<()>, ThreadError> {
+    std::thread::Builder::new()
+        .name(format!("fs{number}"))
+        .stack_size(THREAD_STACK_BYTES)
+        .spawn(body)
+        .map_err(|cause| ThreadError::Io("start a file-system thread", cause))
+}
+
+/// A virtio-fs device whose threads run already; see [`spawn_share_threads`].
+pub struct VirtioFs {
+    tag: String,
+    pool: Arc<Pool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl VirtioDevice for VirtioFs {
+    fn device_type(&self) -> u16 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    /// None: no notification queue (VIRTIO_FS_F_NOTIFICATION), no DAX.
+    fn features(&self) -> u64 {
+        0
+    }
+
+    /// The tag, padded with NUL, and the number of request queues.
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.tag.as_bytes().to_vec();
+        config.resize(TAG_MAX_BYTES, 0);
+        config.extend_from_slice(&(QUEUE_SIZES.len() as u32 - 1).to_le_bytes());
+        config
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        // FORGET would starve without the first, nothing would be served without the second.
+        for (index, queue) in (0..).zip(&activation.queues) {
+            if queue.is_none() {
+                return Err(DeviceError::QueueMissing(index));
+            }
+        }
+        self.pool
+            .start(activation)
+            .map_err(|cause| DeviceError::Io {
+                what: "make an eventfd for a share",
+                cause,
+            })
+    }
+
+    /// Ends within [`RESET_TIMEOUT_MS`] whatever the host's file system does. If a request is blocked in it
+    /// even then, the device is of no more use: that thread's read may still write the guest's memory.
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        let patience = Duration::from_millis(RESET_TIMEOUT_MS);
+        self.pool.stop(patience).map_err(|cause| DeviceError::Io {
+            what: "stop a request that the host's file system holds up",
+            cause,
+        })
+    }
+}
+
+impl Drop for VirtioFs {
+    fn drop(&mut self) {
+        self.pool.exit();
+        if self
+            .pool
+            .wait_for_exit(Duration::from_millis(EXIT_TIMEOUT_MS))
+        {
+            for thread in self.threads.drain(..) {
+                let _ended_before_panics_abort = thread.join();
+            }
+        }
+        // Otherwise one is blocked in the host's file system; it ends with the process, or when it wakes up.
+    }
+}
+
+#[cfg(test)]
+impl VirtioFs {
+    pub(crate) fn pool(&self) -> Arc<Pool> {
+        self.pool.clone()
+    }
+}

@@ -1,0 +1,205 @@
+//! Many files with few descriptors, and requests that the host holds up.
+
+use super::*;
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::thread::UnshareFlags;
+use std::os::fd::AsRawFd;
+use std::time::{Duration, Instant};
+
+/// Descriptors of this process that are open below `dir`.
+fn open_below(dir: &Dir) -> usize {
+    let below = |entry: std::io::Result<std::fs::DirEntry>| {
+        let target = std::fs::read_link(entry.ok()?.path()).ok()?;
+        // Inside the share's mount namespace the paths begin at its root.
+        let text = target.to_str()?;
+        (text.contains("many-") || target.starts_with(&dir.0)).then_some(())
+    };
+    let fds = std::fs::read_dir("/proc/self/fd").unwrap();
+    fds.filter_map(below).count()
+}
+
+#[test]
+fn a_hundred_thousand_files_are_listed_and_read_within_the_budget() {
+    needs_root!();
+    const DIRS: usize = 400;
+    const FILES: usize = 250;
+    let dir = Dir::new();
+    for number in 0..DIRS {
+        let sub = dir.path(&format!("many-{number}"));
+        std::fs::create_dir(&sub).unwrap();
+        for file in 0..FILES {
+            std::fs::File::create(sub.join(format!("many-{file}"))).unwrap();
+        }
+    }
+    let mut guest = Guest::mounted(&dir);
+    let subs = guest.list(1, true, 65_536).unwrap();
+    let mut files = 0;
+    for (name, node) in subs.iter().filter(|(name, _)| !name.starts_with('.')) {
+        let listed = guest.list(*node, true, 65_536).unwrap();
+        files += listed.len() - 2;
+        // Open one of each, by its node alone, after its directory's descriptor was evicted.
+        let (_, file) = listed
+            .iter()
+            .find(|(name, _)| !name.starts_with('.'))
+            .unwrap();
+        let fh = guest
+            .open(*file, libc::O_RDONLY)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        guest.release(opcode::RELEASE, *file, fh).unwrap();
+    }
+    assert_eq!(files, DIRS * FILES);
+    let session = guest.pool.server().session().unwrap();
+    assert_eq!(session.table().len(), 1 + DIRS + DIRS * FILES);
+    let kept = session.table().open_count();
+    assert!(kept <= FD_BUDGET_MIN / 4, "{kept} descriptors kept");
+    assert!(open_below(&dir) <= FD_BUDGET_MIN, "{}", open_below(&dir));
+    // The first ones are still there, though nothing has held them open for long.
+    let first = subs.iter().find(|(name, _)| name == "many-0").unwrap().1;
+    assert!(guest.getattr(first).is_ok());
+    drop(session);
+    guest.driver.reset();
+    assert_eq!(open_below(&dir), 0);
+}
+
+#[test]
+fn open_files_have_a_budget_and_come_back_to_it() {
+    needs_root!();
+    let dir = Dir::new();
+    dir.write("many-file", b"x");
+    let mut guest = Guest::mounted(&dir);
+    let node = guest.lookup(1, "many-file").unwrap().node;
+    let budget = FD_BUDGET_MIN - FD_BUDGET_MIN / 4;
+    let open: Vec<u64> = (0..budget)
+        .map(|_| guest.open(node, libc::O_RDONLY).unwrap())
+        .collect();
+    assert_eq!(guest.open(node, libc::O_RDONLY), Err(libc::ENFILE));
+    assert_eq!(guest.opendir(1), Err(libc::ENFILE));
+    assert_eq!(guest.create(1, "new", 0o600).unwrap_err(), libc::ENFILE);
+    assert!(!dir.path("new").exists());
+    for fh in open {
+        guest.release(opcode::RELEASE, node, fh).unwrap();
+    }
+    assert!(guest.open(node, libc::O_RDONLY).is_ok());
+}
+
+#[test]
+fn removed_files_cannot_take_the_whole_budget() {
+    needs_root!();
+    let dir = Dir::new();
+    let mut guest = Guest::mounted(&dir);
+    let mut nodes = Vec::new();
+    for number in 0..FD_BUDGET_MIN {
+        let file = format!("many-{number}");
+        let (made, fh) = guest.create(1, &file, 0o600).unwrap();
+        guest.release(opcode::RELEASE, made.node, fh).unwrap();
+        guest.ask(opcode::UNLINK, 1, &name(&file), 0).unwrap();
+        nodes.push(made.node);
+    }
+    let session = guest.pool.server().session().unwrap();
+    assert!(session.table().open_count() <= FD_BUDGET_MIN / 4);
+    assert!(guest.getattr(nodes[0]).is_ok(), "the first ones are kept");
+    let gone = nodes
+        .iter()
+        .filter(|node| guest.getattr(**node) == Err(libc::ESTALE))
+        .count();
+    assert!(gone >= FD_BUDGET_MIN - FD_BUDGET_MIN / 4, "{gone} gone");
+    for node in nodes {
+        guest.forget(node, 1);
+    }
+    assert_eq!(session.table().len(), 1);
+    assert_eq!(session.table().open_count(), 1);
+}
+
+#[test]
+fn a_directory_tree_deeper_than_a_path_is_served() {
+    needs_root!();
+    let dir = Dir::new();
+    let mut guest = Guest::mounted(&dir);
+    let part = "d".repeat(200);
+    let mut node = 1;
+    for _ in 0..60 {
+        node = guest.mkdir(node, &part, 0o700).unwrap().node;
+    }
+    let (file, _) = guest.create(node, "deep", 0o600).unwrap();
+    // Push every descriptor on the way out of the cache.
+    for number in 0..FD_BUDGET_MIN {
+        let other = guest.mkdir(1, &format!("many-{number}"), 0o700).unwrap();
+        assert!(guest.lookup(other.node, "none").is_err());
+    }
+    let fh = guest.open(file.node, libc::O_WRONLY).unwrap();
+    assert_eq!(guest.write(file.node, fh, 0, b"x"), Ok(1));
+    assert_eq!(guest.getattr(file.node).unwrap().size, 1);
+}
+
+/// A tree in which `hung` is a file system whose server never answers, and the server's end of it.
+fn tree_with_hung_mount(dir: &Dir) -> (OwnedFd, std::fs::File) {
+    std::fs::create_dir_all(dir.path("hung")).unwrap();
+    let server = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open("/dev/fuse")
+        .unwrap();
+    let path = dir.0.clone();
+    std::thread::spawn(move || {
+        unshare(UnshareFlags::FS | UnshareFlags::NEWNS).unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).unwrap();
+        let fd = server.as_raw_fd();
+        let options = format!("fd={fd},rootmode=40000,user_id=0,group_id=0,allow_other");
+        let options = std::ffi::CString::new(options).unwrap();
+        let flags = MountFlags::empty();
+        mount("none", path.join("hung"), "fuse", flags, &*options).unwrap();
+        (tree_of(&path), server)
+    })
+    .join()
+    .unwrap()
+}
+
+#[test]
+fn a_request_that_the_host_holds_up_blocks_neither_the_others_nor_a_reset() {
+    needs_root!();
+    if !Path::new("/dev/fuse").exists() {
+        eprintln!(
+            "SKIPPED: {}: no /dev/fuse to hang a mount on",
+            module_path!()
+        );
+        return;
+    }
+    let dir = Dir::new();
+    let (tree, server) = tree_with_hung_mount(&dir);
+    let mut guest = Guest::new(setup(tree));
+    guest.init();
+    let header = guest.header(opcode::LOOKUP, 1, 5);
+    let buffers = [
+        Buffer::Readable(&header),
+        Buffer::Readable(b"hung\0"),
+        Buffer::Writable(144),
+    ];
+    let hung = guest.driver.add_indirect(REQUESTS, &buffers);
+    guest.driver.kick(REQUESTS);
+    for _ in 0..1000 {
+        assert!(guest.getattr(1).is_ok());
+    }
+    let before = guest.driver.used_index(REQUESTS);
+    let start = Instant::now();
+    guest.driver.set_status(0);
+    let took = start.elapsed();
+    assert!(
+        took >= Duration::from_secs(1),
+        "nothing was held up: {took:?}"
+    );
+    assert!(took < Duration::from_secs(10), "{took:?}");
+    // What comes back now must not reach the rings, nor does the device work again.
+    drop(server);
+    assert!(guest.pool.wait_until_idle(Duration::from_secs(10)));
+    assert_eq!(
+        guest.driver.used_index(REQUESTS),
+        before,
+        "chain {hung} came back after a reset"
+    );
+    assert_ne!(
+        guest.driver.status(),
+        0,
+        "a device that cannot be reset stays failed"
+    );
+}
