@@ -56,13 +56,24 @@ pub struct Inherited {
     pub report: Option<OwnedFd>,
 }
 
-/// Empties the environment, which is the owner's and may hold what is no business of a guest.
+/// Empties the environment, which is the owner's and may hold what is no business of a guest: also the copy
+/// that `/proc/PID/environ` shows.
 ///
 /// To be called once, first of all, while the process has one thread.
 pub fn empty_environment() {
-    for (name, _) in std::env::vars_os() {
-        // SAFETY: the process has one thread so far, so nobody reads the environment meanwhile.
-        unsafe { std::env::remove_var(name) };
+    unsafe extern "C" {
+        static mut environ: *mut *mut libc::c_char;
+    }
+    // SAFETY: one thread so far, so nobody reads the environment meanwhile. `environ` is a list of pointers to
+    // NUL-terminated strings that ends with a null pointer (environ(7)), in the writable memory that the kernel
+    // put them in; each is overwritten up to its NUL, and `clearenv` lets go of the list.
+    unsafe {
+        let mut entry = environ;
+        while !entry.is_null() && !(*entry).is_null() {
+            libc::memset((*entry).cast(), 0, libc::strlen(*entry));
+            entry = entry.add(1);
+        }
+        libc::clearenv();
     }
 }
 

@@ -135,7 +135,7 @@ mod tests {
     fn limit_and_granularity_agree(segment: &kvm_segment) -> bool {
         let low_clear = segment.limit & 0xfff != 0xfff;
         let high_set = segment.limit & 0xfff0_0000 != 0;
-        !(low_clear && segment.g == 1) && !(high_set && segment.g == 0)
+        !(low_clear && segment.g == 1 || high_set && segment.g == 0)
     }
 
     #[test]

@@ -6,7 +6,7 @@ use libc::{
     AF_UNIX, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFL, FIONBIO, PROT_EXEC, SYS_brk,
     SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait, SYS_eventfd2,
     SYS_exit, SYS_exit_group, SYS_fcntl, SYS_futex, SYS_getpid, SYS_getrandom, SYS_gettid,
-    SYS_ioctl, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_poll, SYS_read,
+    SYS_ioctl, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_ppoll, SYS_read,
     SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask,
     SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_sigaltstack,
     SYS_socketpair, SYS_tgkill, SYS_write, SYS_writev,
@@ -56,6 +56,7 @@ pub(super) const EVERY_THREAD: &[Rule] = &[
     when!(SYS_mmap, 2, Test::Lacks(PROT_EXEC as u32)),
     when!(SYS_mprotect, 2, Test::Lacks(PROT_EXEC as u32)),
     // Eventfds, the serial port's fd, stderr.
+    always(SYS_ppoll),
     always(SYS_read),
     always(SYS_write),
     // A device is activated on the thread of the vCPU that asked for it, and watches its queues from there.
@@ -72,7 +73,6 @@ pub(super) const VCPU: &[Rule] = &[when!(SYS_ioctl, 1, Test::Is(KVM_RUN))];
 pub(super) const MAIN: &[Rule] = &[
     always(SYS_epoll_pwait),
     always(SYS_epoll_wait),
-    always(SYS_poll),
     // Connections of the guest: both ends are made here, one goes to the owner.
     when!(SYS_socketpair, 0, Test::Is(AF_UNIX as u32)),
     always(SYS_readv),

@@ -1,0 +1,302 @@
+//! What the tests of the VMM's program need: guests of a few bytes of code, and the program run as its
+//! owner runs it, with everything by inherited fd.
+
+use capsid_protocol::exit::VmmExit;
+use capsid_protocol::report::MachineReport;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use std::fs::File;
+use std::io::{Read, Seek, Write};
+use std::os::fd::AsRawFd;
+use std::process::{Child, Command, Stdio};
+
+/// How long a run of the VMM may take before a test gives up on it, in seconds.
+pub(crate) const RUN_TIMEOUT_S: i64 = 60;
+/// Whom the VMM becomes in tests.
+pub(crate) const UID: u32 = 61_234;
+/// Its group.
+pub(crate) const GID: u32 = 61_235;
+
+/// Where the code of a guest is loaded and entered.
+pub(crate) const CODE: u32 = 0x10_0000;
+/// BAR of pvpanic, in slot 1.
+pub(crate) const PVPANIC: u32 = 0xc000_8000;
+
+/// Machine code of a 32-bit guest, instruction by instruction.
+#[derive(Clone, Default)]
+pub(crate) struct Code(pub Vec<u8>);
+
+impl Code {
+    pub(crate) fn outb(mut self, port: u16, value: u8) -> Code {
+        let [low, high] = port.to_le_bytes();
+        self.0.extend([0x66, 0xba, low, high, 0xb0, value, 0xee]);
+        self
+    }
+
+    pub(crate) fn outl(mut self, port: u16, value: u32) -> Code {
+        let [low, high] = port.to_le_bytes();
+        self.0.extend([0x66, 0xba, low, high, 0xb8]);
+        self.0.extend(value.to_le_bytes());
+        self.0.push(0xef);
+        self
+    }
+
+    /// `in al, port`, then `out 0x3f8, al`.
+    pub(crate) fn echo_port(mut self, port: u16) -> Code {
+        let [low, high] = port.to_le_bytes();
+        self.0
+            .extend([0x66, 0xba, low, high, 0xec, 0x66, 0xba, 0xf8, 0x03, 0xee]);
+        self
+    }
+
+    pub(crate) fn store8(mut self, address: u32, value: u8) -> Code {
+        self.0.extend([0xc6, 0x05]);
+        self.0.extend(address.to_le_bytes());
+        self.0.push(value);
+        self
+    }
+
+    pub(crate) fn store32(mut self, address: u32, value: u32) -> Code {
+        self.0.extend([0xc7, 0x05]);
+        self.0.extend(address.to_le_bytes());
+        self.0.extend(value.to_le_bytes());
+        self
+    }
+
+    /// `rep outsb` of `count` bytes at `address` to the serial port.
+    pub(crate) fn outsb(mut self, address: u32, count: u32) -> Code {
+        self.0.push(0xbe);
+        self.0.extend(address.to_le_bytes());
+        self.0.push(0xb9);
+        self.0.extend(count.to_le_bytes());
+        self.0.extend([0x66, 0xba, 0xf8, 0x03, 0xfc, 0xf3, 0x6e]);
+        self
+    }
+
+    pub(crate) fn print(self, text: &str) -> Code {
+        text.bytes().fold(self, |code, byte| code.outb(0x3f8, byte))
+    }
+
+    /// Lets pvpanic decode its BAR and writes `value` to it.
+    pub(crate) fn pvpanic(self, value: u8) -> Code {
+        self.outl(0xcf8, 0x8000_0804)
+            .outl(0xcfc, 0x0000_0002)
+            .store8(PVPANIC, value)
+    }
+
+    pub(crate) fn power_off(self) -> Code {
+        self.pvpanic(4).halt()
+    }
+
+    /// `ud2` with an empty IDT.
+    pub(crate) fn triple_fault(mut self) -> Code {
+        self.0.extend([0x0f, 0x0b]);
+        self
+    }
+
+    /// `hlt` for ever.
+    pub(crate) fn halt(mut self) -> Code {
+        self.0.extend([0xf4, 0xeb, 0xfd]);
+        self
+    }
+
+    /// `jmp .` for ever.
+    pub(crate) fn spin(mut self) -> Code {
+        self.0.extend([0xeb, 0xfe]);
+        self
+    }
+
+    /// An ELF file with a PVH note that enters at the first byte.
+    pub(crate) fn kernel(&self) -> Vec<u8> {
+        let mut note = Vec::new();
+        for word in [4u32, 4, 18] {
+            note.extend(word.to_le_bytes());
+        }
+        note.extend(b"Xen\0");
+        note.extend(CODE.to_le_bytes());
+        let code_offset = 64 + 2 * 56u64;
+        let note_offset = code_offset + self.0.len() as u64;
+
+        let mut file = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        file.extend([2, 0, 62, 0, 1, 0, 0, 0]);
+        for word in [0u64, 64, 0] {
+            file.extend(word.to_le_bytes());
+        }
+        file.extend([0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
+        let headers = [
+            (1u32, code_offset, u64::from(CODE), self.0.len() as u64),
+            (4, note_offset, 0, note.len() as u64),
+        ];
+        for (kind, offset, address, bytes) in headers {
+            file.extend(kind.to_le_bytes());
+            file.extend(5u32.to_le_bytes());
+            for word in [offset, address, address, bytes, bytes, 4] {
+                file.extend(word.to_le_bytes());
+            }
+        }
+        file.extend(&self.0);
+        file.extend(note);
+        file
+    }
+}
+
+/// A file in memory that a child inherits.
+pub(crate) fn inherited(bytes: &[u8]) -> File {
+    let mut file = File::from(memfd_create(c"test", MemfdFlags::empty()).unwrap());
+    file.write_all(bytes).unwrap();
+    file.rewind().unwrap();
+    file
+}
+
+/// A VMM to be started.
+pub(crate) struct Vmm {
+    pub kernel: File,
+    pub cpus: u8,
+    pub memory_mib: u64,
+    /// Members added to the JSON of the configuration.
+    pub more: String,
+}
+
+impl Vmm {
+    pub(crate) fn new(kernel: &[u8]) -> Vmm {
+        Vmm {
+            kernel: inherited(kernel),
+            cpus: 1,
+            memory_mib: 64,
+            more: String::new(),
+        }
+    }
+
+    pub(crate) fn of(code: &Code) -> Vmm {
+        Vmm::new(&code.kernel())
+    }
+
+    pub(crate) fn start(self) -> Running {
+        let serial = inherited(b"");
+        let report = inherited(b"");
+        let config = format!(
+            r#"{{"version":1,"id":"test","cpus":{},"memory_mib":{},"kernel_fd":{},"report_fd":{},
+                "serial":{{"fd":{}}},"jail":{{"uid":{UID},"gid":{GID}}}{}}}"#,
+            self.cpus,
+            self.memory_mib,
+            self.kernel.as_raw_fd(),
+            report.as_raw_fd(),
+            serial.as_raw_fd(),
+            self.more,
+        );
+        let config = inherited(config.as_bytes());
+        let child = Command::new(env!("CARGO_BIN_EXE_capsid-vmm"))
+            .args(["--config-fd", &config.as_raw_fd().to_string()])
+            .env("OWNERS_SECRET", "not for a guest")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        Running {
+            child,
+            serial,
+            report,
+        }
+    }
+
+    pub(crate) fn run(self) -> Ended {
+        self.start().wait()
+    }
+}
+
+/// A VMM that runs; killed when dropped.
+pub(crate) struct Running {
+    pub child: Child,
+    serial: File,
+    report: File,
+}
+
+/// A VMM that has ended.
+pub(crate) struct Ended {
+    /// The exit code; `None` after a signal.
+    pub code: Option<i32>,
+    pub exit: Option<VmmExit>,
+    pub stderr: String,
+    pub serial: String,
+    pub report: Option<MachineReport>,
+}
+
+impl Running {
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).unwrap();
+        pidfd_send_signal(pidfd, signal).unwrap();
+    }
+
+    /// Waits until the guest has printed `text`.
+    pub(crate) fn printed(&mut self, text: &str) {
+        let started = std::time::Instant::now();
+        while !contents(&mut self.serial).contains(text) {
+            assert!(
+                started.elapsed().as_secs() < RUN_TIMEOUT_S as u64,
+                "no {text:?}"
+            );
+            assert!(
+                self.child.try_wait().unwrap().is_none(),
+                "the VMM ended early"
+            );
+            std::thread::yield_now();
+        }
+    }
+
+    pub(crate) fn wait(mut self) -> Ended {
+        let pidfd = pidfd_open(self.pid(), PidfdFlags::empty()).unwrap();
+        let timeout = Timespec {
+            tv_sec: RUN_TIMEOUT_S,
+            tv_nsec: 0,
+        };
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        if poll(&mut fds, Some(&timeout)).unwrap() == 0 {
+            self.child.kill().unwrap();
+            self.child.wait().unwrap();
+            panic!("the VMM did not end within {RUN_TIMEOUT_S} s");
+        }
+        let mut stderr = String::new();
+        let mut pipe = self.child.stderr.take().unwrap();
+        pipe.read_to_string(&mut stderr).unwrap();
+        let code = self.child.wait().unwrap().code();
+        Ended {
+            code,
+            exit: code.and_then(VmmExit::from_code),
+            stderr,
+            serial: contents(&mut self.serial),
+            report: serde_json::from_str(&contents(&mut self.report)).ok(),
+        }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+fn contents(file: &mut File) -> String {
+    let mut bytes = Vec::new();
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
+}
+
+/// Whether VMs can run here; says so loudly, with the test's name, if not.
+pub(crate) fn can_run(test: &str) -> bool {
+    let kvm = File::options().read(true).write(true).open("/dev/kvm");
+    let root = rustix::process::geteuid().is_root();
+    if kvm.is_err() || !root {
+        eprintln!("SKIPPED {test}: needs /dev/kvm and root");
+    }
+    kvm.is_ok() && root
+}
