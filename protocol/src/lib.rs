@@ -2,10 +2,12 @@
 //!
 //! - [`machine`]: the configuration that an owner hands to a VMM.
 //! - [`vsock`]: ports, the owner channel, the header of a stream.
+//! - [`exec_error`]: how the agent says that a program could not be executed (127, 126).
 //! - [`exit`]: the exit codes of a VMM.
 //! - [`report`]: what a VMM says of its run when it ends.
 //! - [`agent`]: the guest agent's ttrpc service, generated from `proto/agent.proto`.
 
+pub mod exec_error;
 pub mod exit;
 pub mod machine;
 pub mod report;
