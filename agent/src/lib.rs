@@ -1,1 +1,117 @@
-//! PID 1 of the guest: OCI containers, their streams and their end, served over vsock.
+//! `capsid-agent`, PID 1 of a Capsid guest: it makes the guest a place for containers, dials the host
+//! once, serves the calls that come over that connection, and powers the machine off when it ends.
+//!
+//! It trusts its host and its kernel, and no container: images, their processes and all they can reach
+//! are hostile. It opens no connection but that one and hears nobody but the host.
+
+mod birth;
+pub mod boot;
+pub mod cgroup;
+pub mod container;
+mod error;
+pub mod events;
+pub mod helper;
+pub mod last_words;
+pub mod launch;
+pub mod pending;
+pub mod power;
+pub mod process;
+pub mod reaper;
+pub mod rootfs;
+pub mod sandbox;
+pub mod server;
+pub mod share;
+pub mod spec;
+pub mod state;
+pub mod stdio;
+pub mod stream;
+pub mod system;
+pub mod transport;
+
+use std::sync::Arc;
+use transport::{Dialled, DoorError, Listener, RpcStream};
+
+/// Threads for work that blocks: all launches, and as many again for the calls that never wait for them.
+const BLOCKING_THREADS_COUNT: usize = 2 * sandbox::LAUNCHES_MAX_COUNT;
+
+/// Why the agent cannot serve.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// A door does not open.
+    #[error(transparent)]
+    Door(#[from] DoorError),
+    /// The runtime, a signal handler, the stream port.
+    #[error("{what}")]
+    Io {
+        /// What was tried.
+        what: &'static str,
+        /// errno.
+        #[source]
+        cause: std::io::Error,
+    },
+    /// The RPC server.
+    #[error("serving the host's calls")]
+    Rpc(#[source] ttrpc::Error),
+}
+
+fn io(what: &'static str) -> impl Fn(std::io::Error) -> ServeError {
+    move |cause| ServeError::Io { what, cause }
+}
+
+/// Serves the host until it hangs up or asks for the end; the machine may be powered off after that.
+///
+/// # Errors
+/// The agent cannot serve (any more); the machine has no use then.
+pub fn serve(
+    listener: Listener,
+    dialled: Dialled,
+    places: sandbox::Places,
+    started_ns: u64,
+) -> Result<(), ServeError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .max_blocking_threads(BLOCKING_THREADS_COUNT)
+        .build()
+        .map_err(io("starting the event loop"))?;
+    let served = runtime.block_on(serve_in(listener, dialled, places, started_ns));
+    // A blocking thread that hangs in the kernel must not keep the machine.
+    runtime.shutdown_background();
+    served
+}
+
+async fn serve_in(
+    listener: Listener,
+    dialled: Dialled,
+    places: sandbox::Places,
+    started_ns: u64,
+) -> Result<(), ServeError> {
+    let children = reaper::Reaper::listen().map_err(io("listening for SIGCHLD"))?;
+    let reaper = Arc::new(reaper::Reaper::default());
+    tokio::spawn(Arc::clone(&reaper).run(children));
+    let pending = Arc::new(pending::PendingStreams::default());
+    let sandbox = Arc::new(sandbox::Sandbox::new(places, reaper, Arc::clone(&pending)));
+    let power = Arc::new(power::Power::default());
+    let service = server::Service::new(Arc::clone(&sandbox), Arc::clone(&power), started_ns);
+
+    let streams = listener.accept_each(|stream| pending.admit(stream));
+    tokio::pin!(streams);
+    let (channel, hung_up) = tokio::select! {
+        connected = dialled.connected() => RpcStream::new(connected?),
+        broken = &mut streams => return broken.map_err(io("accepting streams")),
+    };
+    let one = futures_util::stream::once(std::future::ready(Ok(channel)));
+    let mut server = ttrpc::r#async::Server::new()
+        .register_service(capsid_protocol::agent::create_agent(Arc::new(service)))
+        .add_listener(ttrpc::r#async::transport::Listener::new(one));
+    server.start().await.map_err(ServeError::Rpc)?;
+
+    let mut ended = hung_up.clone();
+    tokio::select! {
+        _ = ended.wait_for(|ended| *ended) => {}
+        () = power.asked(hung_up) => {}
+        () = pending.power_off() => {}
+        broken = streams => broken.map_err(io("accepting streams"))?,
+    }
+    power.orderly(&sandbox).await;
+    Ok(())
+}

@@ -1,0 +1,537 @@
+//! The one owner of the containers. Each verb: look the container up, make its move in the state table,
+//! let go of every lock, then do the slow part on a blocking thread. Work that must not stop half-way
+//! runs in a task of its own, because ttrpc drops a call whose time is over.
+
+use crate::birth::{launch_exec, launch_init, not_executed, notify};
+use crate::cgroup::{Cgroup, CgroupError};
+use crate::container::{Container, Directories};
+pub use crate::error::SandboxError;
+use crate::error::{Result, io_error};
+use crate::events::{Events, OomWatch};
+use crate::last_words::{self, chain};
+use crate::launch::Launcher;
+use crate::pending::PendingStreams;
+use crate::process::{self, Process};
+use crate::reaper::{Exit, Reaper};
+use crate::share::Share;
+use crate::spec::{self, ContainerSpec};
+use crate::state::{Refusal, State, Verb};
+use crate::stdio::HostStreams;
+use capsid_protocol::machine::is_id;
+use rustix::process::Signal;
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use tokio::sync::Semaphore;
+
+/// Most containers at a time.
+const CONTAINERS_MAX_COUNT: usize = 512;
+/// Helpers at work at a time; fewer than the blocking threads, so that Stats and Signal always have one.
+pub const LAUNCHES_MAX_COUNT: usize = 8;
+/// How long a created container may take to die when it is deleted.
+const KILL_TIMEOUT_MS: u64 = 10_000;
+
+/// Where the sandbox lives in its guest.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// The agent's program, which is also its helper.
+    pub program: PathBuf,
+    /// A tmpfs directory of the agent.
+    pub run: PathBuf,
+    /// The mount point of cgroup2.
+    pub cgroup_root: PathBuf,
+    /// Mount point of the host's share; `None` where there is none (tests).
+    pub share: Option<PathBuf>,
+}
+
+/// The streams of a new process, by the ids the host chose.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct StreamIds {
+    /// 0: none.
+    pub stdin: u64,
+    /// 0: none.
+    pub stdout: u64,
+    /// 0: none.
+    pub stderr: u64,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Creating,
+    There(Arc<Container>),
+}
+
+/// All containers of this guest.
+#[derive(Debug)]
+pub struct Sandbox {
+    containers: Mutex<HashMap<String, Slot>>,
+    launcher: Arc<Launcher>,
+    launches: Arc<Semaphore>,
+    places: Places,
+    /// Streams that the host has dialled.
+    pub pending: Arc<PendingStreams>,
+    /// News for the host.
+    pub events: Arc<Events>,
+    /// The host's share.
+    pub share: Share,
+}
+
+impl Sandbox {
+    /// An empty sandbox.
+    pub fn new(places: Places, reaper: Arc<Reaper>, pending: Arc<PendingStreams>) -> Sandbox {
+        Sandbox {
+            containers: Mutex::default(),
+            launcher: Arc::new(Launcher::new(places.program.clone(), reaper)),
+            launches: Arc::new(Semaphore::new(LAUNCHES_MAX_COUNT)),
+            share: Share::at(places.share.clone()),
+            places,
+            pending,
+            events: Arc::default(),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+        self.containers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The container with this id.
+    ///
+    /// # Errors
+    /// There is none, or it is still being made.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>> {
+        match self.table().get(id) {
+            Some(Slot::There(container)) => Ok(Arc::clone(container)),
+            Some(Slot::Creating) | None => Err(SandboxError::NoContainer(bounded_id(id))),
+        }
+    }
+
+    /// Creates a container up to, not including, its program.
+    ///
+    /// # Errors
+    /// A refused id or spec, a missing stream, or what the helper says; nothing is left then.
+    pub async fn create(self: &Arc<Self>, id: &str, json: &[u8], ids: StreamIds) -> Result<u32> {
+        if !is_id(id) {
+            return Err(SandboxError::BadId(bounded_id(id)));
+        }
+        let checked = spec::container(id, json)?;
+        let place = self.reserve(id)?;
+        self.share.mounted_for(&checked.root).await?;
+        let streams = self.streams(ids).await?;
+        let sandbox = Arc::clone(self);
+        whole(async move {
+            let container = sandbox.create_reserved(&place, checked, streams).await?;
+            let pid = container.init.pid;
+            place.fill(container);
+            Ok(pid)
+        })
+        .await
+    }
+
+    fn reserve(self: &Arc<Self>, id: &str) -> Result<Place> {
+        let mut table = self.table();
+        if table.contains_key(id) {
+            return Err(SandboxError::Exists(format!("container {id}")));
+        }
+        if table.len() >= CONTAINERS_MAX_COUNT {
+            let why = format!("there are {CONTAINERS_MAX_COUNT} containers already");
+            return Err(SandboxError::Full(why));
+        }
+        table.insert(id.into(), Slot::Creating);
+        Ok(Place {
+            sandbox: Arc::clone(self),
+            id: id.into(),
+            filled: false,
+        })
+    }
+
+    async fn create_reserved(
+        &self,
+        place: &Place,
+        checked: ContainerSpec,
+        streams: HostStreams,
+    ) -> Result<Container> {
+        let _turn = self.launches.acquire().await;
+        let cgroup = Cgroup::of(&self.places.cgroup_root, &place.id);
+        let (id, root) = (place.id.clone(), checked.root.clone());
+        let (run, launcher) = (self.places.run.clone(), Arc::clone(&self.launcher));
+        let (made, cgroup_of) = (id.clone(), cgroup.clone());
+        let (launched, stdio, directories, memory_events) = blocking(move || {
+            let directories =
+                Directories::make(&run, &made).map_err(io_error("making its directories"))?;
+            let launched = launch_init(&launcher, &directories, &made, checked, streams);
+            let (launched, stdio) = launched.inspect_err(|_| clean(&cgroup_of))?;
+            let memory_events = cgroup_of
+                .memory_events()
+                .inspect_err(|_| clean(&cgroup_of))?;
+            Ok((launched, stdio, directories, memory_events))
+        })
+        .await?;
+        let init = match Process::adopt(launched, stdio) {
+            Ok(init) => init,
+            Err(cause) => {
+                blocking(move || {
+                    clean(&cgroup);
+                    Ok(())
+                })
+                .await?;
+                return Err(io_error("connecting its streams")(cause));
+            }
+        };
+        let events = Arc::clone(&self.events);
+        let oom = OomWatch::start(&id, cgroup.clone(), memory_events, events);
+        let places = (cgroup, directories);
+        Ok(Container::new((id, root), places, init, oom))
+    }
+
+    /// Lets the init execute its program.
+    ///
+    /// # Errors
+    /// Not created; or the program cannot be executed, or a startContainer hook failed: the init has
+    /// ended then.
+    pub async fn start(&self, id: &str) -> Result<()> {
+        let container = self.container(id)?;
+        container.advance(Verb::Start)?;
+        whole(async move {
+            let report = container.take_report();
+            let socket = container.directories.notify_socket();
+            blocking(move || notify(&socket).map_err(io_error("waking the init process"))).await?;
+            let Some(report) = report else {
+                return Ok(()); // the table lets one Start through
+            };
+            match process::executed(report).await {
+                Ok(()) => Ok(()),
+                Err(why) => {
+                    // Already dying, or stuck before its program: the end is the same.
+                    let _ = container.init.signal(Signal::KILL);
+                    Err(not_executed(why))
+                }
+            }
+        })
+        .await
+    }
+
+    /// Adds a process to a running container.
+    ///
+    /// # Errors
+    /// A refused id or process, a missing stream, or what the helper says; nothing is left then.
+    pub async fn exec(
+        self: &Arc<Self>,
+        id: &str,
+        exec_id: &str,
+        json: &[u8],
+        ids: StreamIds,
+    ) -> Result<u32> {
+        if !is_id(exec_id) {
+            return Err(SandboxError::BadId(bounded_id(exec_id)));
+        }
+        let container = self.container(id)?;
+        let checked = spec::process(json)?;
+        let place = container.reserve_exec(exec_id).map_err(|why| match why {
+            Some(why) => SandboxError::Full(why),
+            None => SandboxError::Exists(format!("exec {exec_id} of container {id}")),
+        })?;
+        container.advance(Verb::Exec)?;
+        let streams = self.streams(ids).await?;
+        let (launches, launcher) = (Arc::clone(&self.launches), Arc::clone(&self.launcher));
+        let exec_id = exec_id.to_owned();
+        whole(async move {
+            let _turn = launches.acquire_owned().await;
+            let of = Arc::clone(&container);
+            let (launched, stdio) =
+                blocking(move || launch_exec(&launcher, &of, &exec_id, checked, streams)).await?;
+            let adopted = Process::adopt(launched, stdio);
+            let (process, report) = adopted.map_err(io_error("connecting its streams"))?;
+            if let Err(why) = process::executed(report).await {
+                let _ = process.signal(Signal::KILL);
+                return Err(not_executed(why));
+            }
+            let pid = process.pid;
+            place.fill(process);
+            Ok(pid)
+        })
+        .await
+    }
+
+    async fn streams(&self, ids: StreamIds) -> Result<HostStreams> {
+        Ok(HostStreams {
+            stdin: self.pending.take(ids.stdin).await?,
+            stdout: self.pending.take(ids.stdout).await?,
+            stderr: self.pending.take(ids.stderr).await?,
+        })
+    }
+
+    /// Waits for the end of a process and of its outputs.
+    ///
+    /// # Errors
+    /// No such process.
+    pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit> {
+        let container = self.container(id)?;
+        if exec_id.is_empty() {
+            let exit = container.init.wait_finished().await;
+            container.oom.check().await;
+            return Ok(exit);
+        }
+        Ok(exec_of(&container, exec_id)?.wait_finished().await)
+    }
+
+    /// Sends a signal to one process, or to all of the container.
+    ///
+    /// # Errors
+    /// No such process, it has ended, or no such signal.
+    pub async fn signal(&self, id: &str, exec_id: &str, number: u32, all: bool) -> Result<()> {
+        let container = self.container(id)?;
+        let signal = signal_of(number)?;
+        if !exec_id.is_empty() {
+            return Ok(exec_of(&container, exec_id)?.signal(signal)?);
+        }
+        if all {
+            let cgroup = container.cgroup.clone();
+            return blocking(move || Ok(signal_all(&cgroup, signal)?)).await;
+        }
+        container.advance(Verb::Signal)?;
+        Ok(container.init.signal(signal)?)
+    }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// Not running, or it cannot be frozen (then it is thawed again).
+    pub async fn pause(&self, id: &str) -> Result<()> {
+        self.freeze(id, Verb::Pause, true).await
+    }
+
+    /// Thaws a container.
+    ///
+    /// # Errors
+    /// Not paused.
+    pub async fn resume(&self, id: &str) -> Result<()> {
+        self.freeze(id, Verb::Resume, false).await
+    }
+
+    async fn freeze(&self, id: &str, verb: Verb, frozen: bool) -> Result<()> {
+        let container = self.container(id)?;
+        let before = container.advance(verb)?;
+        whole(async move {
+            let cgroup = container.cgroup.clone();
+            let done = blocking(move || {
+                cgroup.freeze(frozen).inspect_err(|_| {
+                    if let (true, Err(e)) = (frozen, cgroup.freeze(false)) {
+                        last_words::warn(&format!("thawing again: {}", chain(&e)));
+                    }
+                })?;
+                Ok(())
+            })
+            .await;
+            done.inspect_err(|_| container.retreat(before))
+        })
+        .await
+    }
+
+    /// Sets limits of a container.
+    ///
+    /// # Errors
+    /// It has ended, or a limit is refused.
+    pub async fn update(&self, id: &str, json: &[u8]) -> Result<()> {
+        let container = self.container(id)?;
+        let resources = spec::resources(json)?;
+        container.advance(Verb::Update)?;
+        let cgroup = container.cgroup.clone();
+        blocking(move || Ok(cgroup.update(&resources)?)).await
+    }
+
+    /// The pids of a container.
+    ///
+    /// # Errors
+    /// No such container.
+    pub async fn pids(&self, id: &str) -> Result<Vec<u32>> {
+        let cgroup = self.container(id)?.cgroup.clone();
+        blocking(move || Ok(cgroup.pids()?)).await
+    }
+
+    /// The figures of a container.
+    ///
+    /// # Errors
+    /// No such container.
+    pub async fn figures(&self, id: &str) -> Result<crate::cgroup::Figures> {
+        let cgroup = self.container(id)?.cgroup.clone();
+        blocking(move || Ok(cgroup.figures()?)).await
+    }
+
+    /// The process that a request names: the init for an empty exec id.
+    ///
+    /// # Errors
+    /// No such process.
+    pub fn with_process<T>(
+        &self,
+        id: &str,
+        exec_id: &str,
+        act: impl FnOnce(&Process) -> T,
+    ) -> Result<T> {
+        let container = self.container(id)?;
+        if exec_id.is_empty() {
+            return Ok(act(&container.init));
+        }
+        Ok(act(&*exec_of(&container, exec_id)?))
+    }
+
+    /// Forgets an exec that ended, or removes a container that ended or never started.
+    ///
+    /// # Errors
+    /// It runs, or its cgroup cannot be removed (then it stays, to be deleted again).
+    pub async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<Exit> {
+        let container = self.container(id)?;
+        if !exec_id.is_empty() {
+            let exit = exec_of(&container, exec_id)?.exited();
+            let running = || SandboxError::Wrong(format!("exec {exec_id} is running"));
+            let exit = exit.ok_or_else(running)?;
+            container.forget_exec(exec_id);
+            return Ok(exit);
+        }
+        container.advance(Verb::Delete)?;
+        let sandbox = Arc::clone(self);
+        whole(async move {
+            let removed = remove(&container).await;
+            match removed {
+                Ok(exit) => {
+                    sandbox.table().remove(&container.id);
+                    // The last look at the container's directories may be this one: tmpfs, quick.
+                    drop(container);
+                    Ok(exit)
+                }
+                Err(e) => {
+                    container.retreat(State::Stopped);
+                    Err(e)
+                }
+            }
+        })
+        .await
+    }
+
+    /// Kills every container. For the end of the machine: nothing is reported.
+    pub async fn kill_all(&self) {
+        let capsid = self.places.cgroup_root.join("capsid");
+        let killed = blocking(move || {
+            let all = std::fs::write(capsid.join("cgroup.kill"), "1");
+            all.map_err(io_error("killing all containers"))
+        });
+        if let Err(e) = killed.await {
+            last_words::warn(&chain(&e));
+        }
+    }
+}
+
+/// A reserved container id: given back unless the container comes to be.
+#[derive(Debug)]
+struct Place {
+    sandbox: Arc<Sandbox>,
+    id: String,
+    filled: bool,
+}
+
+impl Place {
+    fn fill(mut self, container: Container) {
+        self.filled = true;
+        let there = Slot::There(Arc::new(container));
+        self.sandbox.table().insert(self.id.clone(), there);
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if !self.filled {
+            self.sandbox.table().remove(&self.id);
+        }
+    }
+}
+
+/// Runs to its end even if the caller stops waiting.
+async fn whole<T: Send + 'static>(
+    work: impl Future<Output = Result<T>> + Send + 'static,
+) -> Result<T> {
+    let joined = tokio::spawn(work).await;
+    joined.unwrap_or_else(|e| Err(io_error("the work was cut short")(io::Error::other(e))))
+}
+
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.unwrap_or_else(|e| Err(io_error("the work was cut short")(io::Error::other(e))))
+}
+
+/// Removes what a container that did not come to be has left; what cannot be removed is said.
+fn clean(cgroup: &Cgroup) {
+    if let Err(e) = cgroup.remove() {
+        last_words::warn(&chain(&e));
+    }
+}
+
+fn bounded_id(id: &str) -> String {
+    id.chars().take(64).collect()
+}
+
+fn exec_of(container: &Container, exec_id: &str) -> Result<Arc<Process>> {
+    container.exec(exec_id).ok_or_else(|| SandboxError::NoExec {
+        container: container.id.clone(),
+        exec: bounded_id(exec_id),
+    })
+}
+
+/// The kernel's signals, real-time ones included; 0 would only ask whether the process is there.
+fn signal_of(number: u32) -> Result<Signal> {
+    let signal = i32::try_from(number).ok().filter(|n| (1..=64).contains(n));
+    let signal = signal.and_then(raw_signal);
+    signal.ok_or_else(|| SandboxError::BadRequest(format!("signal {number}: 1 to 64 are signals")))
+}
+
+#[allow(unsafe_code)] // rustix names a signal by number only so
+fn raw_signal(number: i32) -> Option<Signal> {
+    // SAFETY: it is only passed to pidfd_send_signal(2), which takes any number the kernel knows; the
+    // rule behind this function concerns libc's reserved signals, which a child may be sent, too.
+    std::num::NonZeroI32::new(number).map(|n| unsafe { Signal::from_raw_nonzero_unchecked(n) })
+}
+
+/// A signal to each process. Who forks in between may be missed, but for SIGKILL (cgroup.kill).
+fn signal_all(cgroup: &Cgroup, signal: Signal) -> std::result::Result<(), CgroupError> {
+    use rustix::process::{Pid, PidfdFlags, pidfd_open, pidfd_send_signal};
+    if signal == Signal::KILL {
+        return cgroup.kill();
+    }
+    let open = |pid: u32| {
+        let named = Pid::from_raw(i32::try_from(pid).ok()?)?;
+        Some((pid, pidfd_open(named, PidfdFlags::empty()).ok()?))
+    };
+    let opened: Vec<(u32, OwnedFd)> = cgroup.pids()?.into_iter().filter_map(open).collect();
+    // A pid that is still listed after its pidfd was opened was this container's all along.
+    let still = cgroup.pids()?;
+    for (pid, pidfd) in opened {
+        if still.binary_search(&pid).is_ok() {
+            // Ended in between.
+            let _ = pidfd_send_signal(&pidfd, signal);
+        }
+    }
+    Ok(())
+}
+
+async fn remove(container: &Arc<Container>) -> Result<Exit> {
+    let exit = match container.init.exited() {
+        Some(exit) => exit,
+        None => {
+            container
+                .init
+                .signal(Signal::KILL)
+                .or(Ok::<(), Refusal>(()))?;
+            let limit = Duration::from_millis(KILL_TIMEOUT_MS);
+            let ended = tokio::time::timeout(limit, container.init.wait_exited()).await;
+            ended.map_err(|e| io_error("waiting for the killed init process")(e.into()))?
+        }
+    };
+    let cgroup = container.cgroup.clone();
+    blocking(move || Ok(cgroup.remove()?)).await?;
+    Ok(exit)
+}

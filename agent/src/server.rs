@@ -1,0 +1,333 @@
+//! The ttrpc service: requests in the protocol's words to verbs of the sandbox, refusals to codes.
+
+use crate::cgroup::Figures;
+use crate::last_words::chain;
+use crate::power::Power;
+use crate::sandbox::{Sandbox, SandboxError, StreamIds};
+use crate::state::Refusal;
+use crate::system;
+use async_trait::async_trait;
+use capsid_protocol::agent as api;
+use std::sync::Arc;
+use ttrpc::Code;
+use ttrpc::r#async::TtrpcContext;
+
+/// Longest text of an answered error, in bytes.
+const ERROR_MAX_BYTES: usize = 4096;
+
+/// The service of one guest.
+#[derive(Debug)]
+pub struct Service {
+    sandbox: Arc<Sandbox>,
+    power: Arc<Power>,
+    started_ns: u64,
+}
+
+impl Service {
+    /// Serves `sandbox`; `started_ns` is when the agent's main began (CLOCK_BOOTTIME).
+    pub fn new(sandbox: Arc<Sandbox>, power: Arc<Power>, started_ns: u64) -> Service {
+        Service {
+            sandbox,
+            power,
+            started_ns,
+        }
+    }
+}
+
+/// The one table from refusals to codes.
+fn code(error: &SandboxError) -> Code {
+    match error {
+        SandboxError::NoContainer(_)
+        | SandboxError::NoExec { .. }
+        | SandboxError::Refused(Refusal::Gone) => Code::NOT_FOUND,
+        SandboxError::Exists(_) => Code::ALREADY_EXISTS,
+        SandboxError::BadId(_)
+        | SandboxError::BadSpec(_)
+        | SandboxError::BadRequest(_)
+        | SandboxError::NotExecuted { .. }
+        | SandboxError::NoStream(_) => Code::INVALID_ARGUMENT,
+        SandboxError::Refused(Refusal::Wrong { .. })
+        | SandboxError::Wrong(_)
+        | SandboxError::Share(_) => Code::FAILED_PRECONDITION,
+        SandboxError::Full(_) => Code::RESOURCE_EXHAUSTED,
+        SandboxError::NotStarted(_)
+        | SandboxError::Cgroup(_)
+        | SandboxError::Launch(_)
+        | SandboxError::Io { .. } => Code::INTERNAL,
+    }
+}
+
+impl From<SandboxError> for ttrpc::Error {
+    fn from(error: SandboxError) -> ttrpc::Error {
+        let mut text = String::new();
+        for c in chain(&error).chars() {
+            if text.len() + c.len_utf8() > ERROR_MAX_BYTES {
+                break;
+            }
+            text.push(if c.is_control() { ' ' } else { c });
+        }
+        ttrpc::Error::RpcStatus(ttrpc::get_status(code(&error), text))
+    }
+}
+
+fn invalid(what: impl std::fmt::Display) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INVALID_ARGUMENT, what.to_string()))
+}
+
+fn streams(stdio: Option<&api::Stdio>) -> StreamIds {
+    stdio.map_or_else(StreamIds::default, |ids| StreamIds {
+        stdin: ids.stdin,
+        stdout: ids.stdout,
+        stderr: ids.stderr,
+    })
+}
+
+fn exit(exit: crate::reaper::Exit) -> api::WaitResponse {
+    api::WaitResponse {
+        exit_status: exit.status.into(),
+        exited_at_ns: exit.at_ns,
+        ..Default::default()
+    }
+}
+
+fn stats(figures: Figures) -> api::StatsResponse {
+    let Figures {
+        cpu,
+        memory,
+        pids_current,
+        pids_limit,
+        io: (io_read_bytes, io_write_bytes),
+    } = figures;
+    api::StatsResponse {
+        cpu_usage_usec: cpu.usage_usec,
+        cpu_user_usec: cpu.user_usec,
+        cpu_system_usec: cpu.system_usec,
+        cpu_nr_throttled: cpu.nr_throttled,
+        cpu_throttled_usec: cpu.throttled_usec,
+        memory_usage_bytes: memory.current,
+        memory_limit_bytes: memory.max,
+        memory_anon_bytes: memory.anon,
+        memory_file_bytes: memory.file,
+        memory_inactive_file_bytes: memory.inactive_file,
+        memory_oom_kills: memory.oom_kill,
+        pids_current,
+        pids_limit,
+        io_read_bytes,
+        io_write_bytes,
+        ..Default::default()
+    }
+}
+
+type Answer<T> = ttrpc::Result<T>;
+
+#[async_trait]
+impl api::Agent for Service {
+    async fn start_sandbox(
+        &self,
+        _: &TtrpcContext,
+        request: api::StartSandboxRequest,
+    ) -> Answer<api::StartSandboxResponse> {
+        let called_ns = system::boottime_ns();
+        system::set_hostname(&request.hostname).map_err(|e| invalid(chain(&e)))?;
+        system::set_realtime(request.realtime_ns).map_err(|e| invalid(chain(&e)))?;
+        let sandbox = Arc::clone(&self.sandbox);
+        tokio::spawn(async move { sandbox.share.mount_early().await });
+        Ok(api::StartSandboxResponse {
+            agent_version: env!("CARGO_PKG_VERSION").into(),
+            kernel_release: system::kernel_release(),
+            online_cpus: system::online_cpus(),
+            memory_total_bytes: system::memory_total_bytes(),
+            agent_started_ns: self.started_ns,
+            called_ns,
+            ..Default::default()
+        })
+    }
+
+    async fn create_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::CreateContainerRequest,
+    ) -> Answer<api::CreateContainerResponse> {
+        let ids = streams(request.stdio.as_ref());
+        let (id, json) = (&request.container_id, &request.spec_json);
+        let guest_pid = self.sandbox.create(id, json, ids).await?;
+        Ok(api::CreateContainerResponse {
+            guest_pid,
+            ..Default::default()
+        })
+    }
+
+    async fn start_container(
+        &self,
+        _: &TtrpcContext,
+        request: api::StartContainerRequest,
+    ) -> Answer<api::Empty> {
+        self.sandbox.start(&request.container_id).await?;
+        Ok(api::Empty::default())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, request: api::ExecRequest) -> Answer<api::ExecResponse> {
+        let ids = streams(request.stdio.as_ref());
+        let (id, exec_id) = (&request.container_id, &request.exec_id);
+        let json = &request.process_json;
+        let guest_pid = self.sandbox.exec(id, exec_id, json, ids).await?;
+        Ok(api::ExecResponse {
+            guest_pid,
+            ..Default::default()
+        })
+    }
+
+    async fn wait(
+        &self,
+        _: &TtrpcContext,
+        request: api::ProcessRequest,
+    ) -> Answer<api::WaitResponse> {
+        let (id, exec_id) = (&request.container_id, &request.exec_id);
+        Ok(exit(self.sandbox.wait(id, exec_id).await?))
+    }
+
+    async fn signal(&self, _: &TtrpcContext, request: api::SignalRequest) -> Answer<api::Empty> {
+        let (id, exec_id) = (&request.container_id, &request.exec_id);
+        let (signal, all) = (request.signal, request.all);
+        self.sandbox.signal(id, exec_id, signal, all).await?;
+        Ok(api::Empty::default())
+    }
+
+    async fn pids(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> Answer<api::PidsResponse> {
+        Ok(api::PidsResponse {
+            guest_pids: self.sandbox.pids(&request.container_id).await?,
+            ..Default::default()
+        })
+    }
+
+    async fn stats(
+        &self,
+        _: &TtrpcContext,
+        request: api::ContainerRequest,
+    ) -> Answer<api::StatsResponse> {
+        Ok(stats(self.sandbox.figures(&request.container_id).await?))
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: api::UpdateRequest) -> Answer<api::Empty> {
+        let (id, json) = (&request.container_id, &request.resources_json);
+        self.sandbox.update(id, json).await?;
+        Ok(api::Empty::default())
+    }
+
+    async fn pause(&self, _: &TtrpcContext, request: api::ContainerRequest) -> Answer<api::Empty> {
+        self.sandbox.pause(&request.container_id).await?;
+        Ok(api::Empty::default())
+    }
+
+    async fn resume(&self, _: &TtrpcContext, request: api::ContainerRequest) -> Answer<api::Empty> {
+        self.sandbox.resume(&request.container_id).await?;
+        Ok(api::Empty::default())
+    }
+
+    async fn resize_tty(
+        &self,
+        _: &TtrpcContext,
+        request: api::ResizeTtyRequest,
+    ) -> Answer<api::Empty> {
+        let columns = u16::try_from(request.width_columns).ok().filter(|n| *n > 0);
+        let rows = u16::try_from(request.height_rows).ok().filter(|n| *n > 0);
+        let (Some(columns), Some(rows)) = (columns, rows) else {
+            return Err(invalid("a terminal has 1 to 65535 columns and rows"));
+        };
+        let (id, exec_id) = (&request.container_id, &request.exec_id);
+        let resize = |process: &crate::process::Process| process.resize(columns, rows);
+        match self.sandbox.with_process(id, exec_id, resize)? {
+            Ok(true) => Ok(api::Empty::default()),
+            Ok(false) => Err(SandboxError::Wrong("the process has no terminal".into()).into()),
+            Err(cause) => Err(SandboxError::Io {
+                what: "resizing the terminal",
+                cause,
+            }
+            .into()),
+        }
+    }
+
+    async fn close_stdin(
+        &self,
+        _: &TtrpcContext,
+        request: api::ProcessRequest,
+    ) -> Answer<api::Empty> {
+        let (id, exec_id) = (&request.container_id, &request.exec_id);
+        let close = crate::process::Process::close_stdin;
+        self.sandbox.with_process(id, exec_id, close)?;
+        Ok(api::Empty::default())
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: api::ProcessRequest,
+    ) -> Answer<api::WaitResponse> {
+        let (id, exec_id) = (&request.container_id, &request.exec_id);
+        Ok(exit(self.sandbox.delete(id, exec_id).await?))
+    }
+
+    async fn next_event(&self, _: &TtrpcContext, _: api::Empty) -> Answer<api::Event> {
+        let Some(container_id) = self.sandbox.events.next_oom().await else {
+            return Err(SandboxError::Wrong("another NextEvent is pending".into()).into());
+        };
+        let mut event = api::Event::default();
+        event.set_oom_kill(api::OomKill {
+            container_id,
+            ..Default::default()
+        });
+        Ok(event)
+    }
+
+    async fn power_off(&self, _: &TtrpcContext, _: api::Empty) -> Answer<api::Empty> {
+        self.power.orderly(&self.sandbox).await;
+        self.power.answered();
+        Ok(api::Empty::default())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::state::{State, Verb};
+    use capsid_protocol::exec_error::ExecError;
+
+    #[test]
+    fn a_signal_to_an_ended_process_is_not_found() {
+        assert_eq!(code(&Refusal::Gone.into()), Code::NOT_FOUND);
+    }
+
+    #[test]
+    fn a_verb_in_the_wrong_state_is_a_failed_precondition() {
+        let refusal = Refusal::Wrong {
+            at: State::Running,
+            verb: Verb::Start,
+        };
+        assert_eq!(code(&refusal.into()), Code::FAILED_PRECONDITION);
+    }
+
+    #[test]
+    fn an_executable_not_found_says_so_first() {
+        let error = SandboxError::NotExecuted {
+            kind: ExecError::NotFound,
+            what: "nope".into(),
+        };
+        assert_eq!(code(&error), Code::INVALID_ARGUMENT);
+        let text = chain(&error);
+        assert_eq!(ExecError::parse(&text), Some((ExecError::NotFound, "nope")));
+    }
+
+    #[test]
+    fn an_error_is_bounded_and_has_no_control_characters() {
+        let error = SandboxError::BadRequest("\u{1b}[2J".to_owned() + &"x".repeat(1 << 20));
+        let ttrpc::Error::RpcStatus(status) = ttrpc::Error::from(error) else {
+            panic!("a status");
+        };
+        assert!(status.message.len() <= ERROR_MAX_BYTES);
+        assert!(!status.message.contains('\u{1b}'));
+    }
+}
