@@ -14,8 +14,9 @@ use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{self, KvmError};
 use crate::layout;
-use crate::machine::{Machine, StopSignals, machine_events};
+use crate::machine::{Machine, PowerOff, StopSignals, machine_events};
 use crate::memory::{self, MemoryError};
+use crate::owner_channel::{ChannelError, OwnerChannel};
 use crate::record::Phases;
 use crate::seccomp::{self, Filter, FilterError, ThreadKind};
 use crate::vcpus::{Buses, Vcpus, VcpusError};
@@ -85,6 +86,9 @@ pub enum AssembleError {
     /// A virtio device.
     #[error(transparent)]
     Transport(#[from] TransportError),
+    /// The owner channel and its vsock device.
+    #[error(transparent)]
+    Channel(#[from] ChannelError),
     /// The jail.
     #[error(transparent)]
     Jail(#[from] JailError),
@@ -103,6 +107,7 @@ impl AssembleError {
             AssembleError::Memory(_) | AssembleError::Tables(_) => VmmExit::Memory,
             AssembleError::Kvm(_) => VmmExit::KvmUnavailable,
             AssembleError::Boot(_) => VmmExit::BadKernel,
+            AssembleError::Channel(error) => error.exit(),
             AssembleError::Host { .. }
             | AssembleError::Bus(_)
             | AssembleError::Slot(_)
@@ -150,6 +155,15 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
     board.add_pvpanic(&ends)?;
     board.add_virtio("virtio-rng", Box::new(Rng::new(poller.clone())))?;
+    let channel = match (inherited.owner, &config.vsock) {
+        (Some(owner), Some(vsock)) => {
+            let dials = &vsock.guest_may_dial;
+            let (channel, device) = OwnerChannel::open(owner, dials, poller.clone(), ends.clone())?;
+            board.add_virtio("virtio-vsock", Box::new(device))?;
+            Some(channel)
+        }
+        _ => None,
+    };
     let buses = board.finish()?;
     phases.ended("devices");
 
@@ -180,7 +194,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         vcpus,
         serial,
         signals,
-        power_off: None,
+        power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
         phases: phases.clone(),
     })
 }

@@ -7,6 +7,7 @@
 //! - [`mod@assemble`]: the recipe, from configuration to a machine that can run.
 //! - [`memory`], [`layout`], [`kvm`], [`arch`], [`boot`]: its parts.
 //! - [`vcpus`], [`machine`], [`end`]: the run and its end.
+//! - [`owner_channel`]: the host's side of vsock.
 //! - [`jail`], [`seccomp`]: what the process gives up before the guest runs.
 //! - [`record`]: what is counted.
 
@@ -20,6 +21,7 @@ pub mod kvm;
 pub mod layout;
 pub mod machine;
 pub mod memory;
+pub mod owner_channel;
 pub mod record;
 pub mod seccomp;
 pub mod vcpus;
