@@ -5,6 +5,7 @@
 //! Needs root, because mounts do. Without it each test says so and is skipped.
 
 mod hostile;
+mod kernel;
 mod names;
 mod privileges;
 mod scale;
