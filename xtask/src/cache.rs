@@ -349,6 +349,13 @@ fn is_full(error: &(dyn Error + 'static)) -> bool {
     false
 }
 
+fn hex(hash: Sha256) -> String {
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
 /// The name of an entry: the SHA-256, in hex, of everything that made it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Key(String);
@@ -397,6 +404,17 @@ impl KeyBuilder {
     pub fn dir(mut self, path: &Path) -> Result<Self, CacheError> {
         self.add_dir(path).map_err(io_error("reading", path))?;
         Ok(self)
+    }
+
+    /// The plain SHA-256 of a file in hex, as others compute it.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn plain_sha256(path: &Path) -> Result<String, CacheError> {
+        let mut hash = Sha256::new();
+        let read = File::open(path).and_then(|mut file| io::copy(&mut file, &mut hash));
+        read.map_err(io_error("reading", path))?;
+        Ok(hex(hash))
     }
 
     /// The key.

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use xtask::testbed::{self, Testbed};
-use xtask::{deps, interrupt, kernel};
+use xtask::{deps, interrupt, kernel, run, test};
 
 /// Build, run and test Capsid. Whatever takes long is kept in /var/cache/capsid (CAPSID_CACHE names another place).
 #[derive(Debug, Parser)]
@@ -24,6 +24,10 @@ enum Xtask {
     Deps,
     /// Build the guest kernel, or find it in the cache; prints the path of vmlinux
     Kernel(kernel::Options),
+    /// Run a container in a microVM, on this host or in the testbed; without a command, the demo
+    Run(run::Run),
+    /// Every check and test there is; ends with counts
+    Test(test::Test),
     /// An emulated host with a real KVM, for machines that have none
     #[command(subcommand)]
     Testbed(Testbed),
@@ -35,19 +39,21 @@ fn main() -> ExitCode {
         eprintln!("xtask: installing signal handlers: {error}");
         return ExitCode::FAILURE;
     }
-    match run(&arguments.subcommand) {
+    match dispatch(&arguments.subcommand) {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("xtask: {}", chain(error.as_ref()));
+            eprintln!("xtask: {}", xtask::chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }
 }
 
-fn run(subcommand: &Xtask) -> Result<ExitCode, Box<dyn Error>> {
+fn dispatch(subcommand: &Xtask) -> Result<ExitCode, Box<dyn Error>> {
     match subcommand {
         Xtask::Deps => Ok(deps::run(&workspace())?),
         Xtask::Kernel(options) => Ok(kernel::run(&workspace(), options)?),
+        Xtask::Run(arguments) => run::run(arguments, &workspace()),
+        Xtask::Test(arguments) => test::run(arguments, &workspace()),
         Xtask::Testbed(testbed) => testbed::run(testbed, &workspace()),
     }
 }
@@ -58,18 +64,6 @@ fn workspace() -> PathBuf {
     room.parent().unwrap_or(room).to_owned()
 }
 
-/// The error and its causes, once each.
-fn chain(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        next = cause.source();
-    }
-    text
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -78,16 +72,5 @@ mod tests {
     #[test]
     fn the_command_line_is_sound() {
         Arguments::command().debug_assert();
-    }
-
-    #[test]
-    fn a_chain_names_every_cause() {
-        let cause = std::io::Error::from(std::io::ErrorKind::NotFound);
-        let error = xtask::cache::CacheError::Io {
-            doing: "opening",
-            path: "/x".into(),
-            cause,
-        };
-        assert_eq!(chain(&error), "opening /x: entity not found");
     }
 }

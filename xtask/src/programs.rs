@@ -5,7 +5,9 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::command::CommandError;
+use serde_json::Value;
+
+use crate::command::{CommandError, end, query, shown};
 use crate::packages::{Package, PackagesError, any, ensure};
 use crate::progress::{LogError, Progress};
 
@@ -13,7 +15,7 @@ use crate::progress::{LogError, Progress};
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const FLAGS: &str = "-C target-feature=+crt-static";
 /// What building them needs beside cargo.
-const PACKAGES: [Package; 3] = [any("gcc"), any("libc6-dev"), any("libseccomp-dev")];
+pub const PACKAGES: [Package; 3] = [any("gcc"), any("libc6-dev"), any("libseccomp-dev")];
 /// Where Debian keeps the static libraries of C.
 const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
 
@@ -47,6 +49,15 @@ pub const DOOR: Program = Program {
     name: "testbed-door",
 };
 
+/// A test target of the workspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TestBinary {
+    /// Its cargo package.
+    pub package: &'static str,
+    /// The name of its `[[test]]`.
+    pub name: &'static str,
+}
+
 /// How they are built.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Profile {
@@ -68,6 +79,12 @@ pub enum ProgramsError {
     /// The log could not be made.
     #[error(transparent)]
     Log(#[from] LogError),
+    /// cargo said no, and why, on stderr.
+    #[error("cargo ended with {0}; its messages are above")]
+    Build(String),
+    /// cargo's messages are not what they used to be.
+    #[error("`cargo test --no-run` named no executable for {0}")]
+    NoExecutable(&'static str),
     /// cargo said yes, and yet.
     #[error("cargo built no {}", path.display())]
     Missing {
@@ -93,7 +110,7 @@ pub fn build(
         .collect::<Vec<_>>()
         .join(", ");
     progress.step(&format!("programs {names}"), |step| {
-        Ok::<_, ProgramsError>(step.run(&mut cargo(workspace, profile, programs))?)
+        Ok::<_, ProgramsError>(step.run(&mut cargo_build(workspace, profile, programs))?)
     })?;
     let dir = target_dir(workspace).join(TARGET).join(profile.dir());
     let paths: Vec<PathBuf> = programs
@@ -106,6 +123,47 @@ pub fn build(
     }
 }
 
+/// Builds a test target as a static binary and returns its path.
+///
+/// # Errors
+/// It does not build.
+pub fn build_test(
+    progress: &Progress,
+    workspace: &Path,
+    test: TestBinary,
+) -> Result<PathBuf, ProgramsError> {
+    let mut command = cargo(workspace, "test");
+    command.args([
+        "--no-run",
+        "--message-format=json-render-diagnostics",
+        "--package",
+        test.package,
+        "--test",
+        test.name,
+    ]);
+    progress.step(&format!("test {}", test.name), |_| {
+        eprintln!("           $ {}", shown(&command));
+        let (status, output) = query(&mut command)?;
+        if !status.success() {
+            return Err(ProgramsError::Build(end(status)));
+        }
+        executable(&String::from_utf8_lossy(&output), test.name)
+            .ok_or(ProgramsError::NoExecutable(test.name))
+    })
+}
+
+/// The path in cargo's messages, one JSON object a line.
+fn executable(messages: &str, name: &str) -> Option<PathBuf> {
+    let ours =
+        |message: &Value| message.pointer("/target/name").and_then(Value::as_str) == Some(name);
+    let path = |message: Value| message.get("executable")?.as_str().map(PathBuf::from);
+    messages
+        .lines()
+        .filter_map(|line| serde_json::from_str(line).ok())
+        .filter(ours)
+        .find_map(path)
+}
+
 impl Profile {
     fn dir(self) -> &'static str {
         match self {
@@ -115,17 +173,22 @@ impl Profile {
     }
 }
 
-fn cargo(workspace: &Path, profile: Profile, programs: &[Program]) -> Command {
-    let mut command = Command::new("cargo");
-    command
-        .args(["build", "--locked", "--target", TARGET])
-        .current_dir(workspace);
+fn cargo_build(workspace: &Path, profile: Profile, programs: &[Program]) -> Command {
+    let mut command = cargo(workspace, "build");
     if profile == Profile::Release {
         command.arg("--release");
     }
     for program in programs {
         command.args(["--package", program.package, "--bin", program.name]);
     }
+    command
+}
+
+fn cargo(workspace: &Path, verb: &str) -> Command {
+    let mut command = Command::new("cargo");
+    command
+        .args([verb, "--locked", "--target", TARGET])
+        .current_dir(workspace);
     command
         .env("RUSTFLAGS", FLAGS)
         .env("LIBSECCOMP_LINK_TYPE", "static")
@@ -150,11 +213,14 @@ fn target_dir(workspace: &Path) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::command::shown;
 
     #[test]
     fn programs_are_static_and_the_host_is_not_touched() {
-        let line = shown(&cargo(Path::new("/w"), Profile::Release, &[CAPSID, VMM]));
+        let line = shown(&cargo_build(
+            Path::new("/w"),
+            Profile::Release,
+            &[CAPSID, VMM],
+        ));
         assert!(
             line.contains("RUSTFLAGS='-C target-feature=+crt-static'"),
             "{line}"
@@ -167,5 +233,14 @@ mod tests {
             line.ends_with("--package capsid --bin capsid --package capsid-vmm --bin capsid-vmm"),
             "{line}"
         );
+    }
+
+    #[test]
+    fn the_executable_is_that_of_the_test() {
+        let messages = r#"{"reason":"compiler-artifact","target":{"name":"other"},"executable":"/t/other"}
+{"reason":"compiler-artifact","target":{"name":"system"},"executable":"/t/system-1"}
+{"reason":"build-finished","success":true}"#;
+        assert_eq!(executable(messages, "system"), Some("/t/system-1".into()));
+        assert_eq!(executable(messages, "absent"), None);
     }
 }

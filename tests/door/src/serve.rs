@@ -116,6 +116,8 @@ fn copy(from: &Path, to: &Path) -> io::Result<()> {
 struct Port {
     file: File,
     decoder: Decoder,
+    /// Reused: clearing a new one for each read would cost more than the read.
+    bytes: Vec<u8>,
 }
 
 impl Port {
@@ -137,6 +139,7 @@ impl Port {
                 return Ok(Self {
                     file,
                     decoder: Decoder::default(),
+                    bytes: vec![0; PORT_READ_BYTES],
                 });
             }
         }
@@ -157,15 +160,18 @@ impl Port {
         if let Some(frame) = self.decoder.next_frame()? {
             return Ok(Some(frame));
         }
-        let mut bytes = vec![0; PORT_READ_BYTES];
-        let length = self.file.read(&mut bytes).map_err(|cause| ServeError::Io {
-            doing: "reading the port",
-            cause,
-        })?;
+        let length = self
+            .file
+            .read(&mut self.bytes)
+            .map_err(|cause| ServeError::Io {
+                doing: "reading the port",
+                cause,
+            })?;
         if length == 0 {
             return Err(ServeError::Closed);
         }
-        self.decoder.push(bytes.get(..length).unwrap_or_default());
+        self.decoder
+            .push(self.bytes.get(..length).unwrap_or_default());
         Ok(self.decoder.next_frame()?)
     }
 }

@@ -23,13 +23,19 @@ use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
 
+use crate::artifacts::{self, Artifacts};
 use crate::cache::Cache;
 use crate::interrupt;
+use crate::programs::Profile;
 use crate::progress::Progress;
 use drive::Item;
 use frame::Run;
 use machine::{Machine, Mode, Start};
 use saved::{Context, ensure_saved};
+use session::Outputs;
+
+/// Where the programs' drive is mounted inside; its `bin` is on the search path.
+pub const PROGRAMS_DIR: &str = "/capsid";
 
 /// `cargo xtask testbed`
 #[derive(Debug, Subcommand)]
@@ -49,6 +55,12 @@ pub struct Machinery {
     /// Count one nanosecond for each instruction on one processor: slow, and the same figures on every machine
     #[arg(long)]
     pub metered: bool,
+    /// Leave our programs, guest kernel and test image out: nothing is built, and nothing is on the path
+    #[arg(long)]
+    pub bare: bool,
+    /// Build the programs without optimization, which is quicker; slower inside
+    #[arg(long, conflicts_with = "bare")]
+    pub dev: bool,
     /// Put a file or directory of this machine into the testbed first; may be given several times
     #[arg(long = "copy", value_name = "SRC:DST", value_parser = parse_copy)]
     pub copies: Vec<Copy>,
@@ -87,6 +99,8 @@ pub struct Order {
     pub items: Vec<Item>,
     /// What is copied from there before the command starts.
     pub copies: Vec<(PathBuf, PathBuf)>,
+    /// Set for the command.
+    pub variables: Vec<(&'static str, PathBuf)>,
     /// The command.
     pub words: Vec<OsString>,
     /// On a terminal of ours.
@@ -109,18 +123,39 @@ pub fn run(testbed: &Testbed, workspace: &Path) -> Result<ExitCode, Box<dyn Erro
     };
     let code = match testbed {
         Testbed::Exec(exec) => {
+            let order = order(&context, &exec.machinery, &exec.command)?;
             let limit = exec.timeout.map(Duration::from_secs);
             execute(
                 &context,
-                order(&exec.machinery, &exec.command, exec.tty, limit),
+                Order {
+                    tty: exec.tty,
+                    limit,
+                    ..order
+                },
             )?
         }
-        Testbed::Shell(machinery) => execute(
-            &context,
-            order(machinery, &["bash".into(), "-l".into()], true, None),
-        )?,
+        Testbed::Shell(machinery) => {
+            let order = order(&context, machinery, &["bash".into(), "-l".into()])?;
+            execute(&context, Order { tty: true, ..order })?
+        }
     };
     Ok(ExitCode::from(code))
+}
+
+impl Order {
+    /// An order with nothing in it.
+    pub fn new(mode: Mode) -> Self {
+        let (items, copies, variables, words) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        Self {
+            mode,
+            items,
+            copies,
+            variables,
+            words,
+            tty: false,
+            limit: None,
+        }
+    }
 }
 
 /// Resumes a machine, runs the command in it and returns the exit code.
@@ -128,6 +163,19 @@ pub fn run(testbed: &Testbed, workspace: &Path) -> Result<ExitCode, Box<dyn Erro
 /// # Errors
 /// The testbed could not be made or went down.
 pub fn execute(context: &Context<'_>, order: Order) -> Result<u8, Box<dyn Error>> {
+    execute_into(context, order, Some(std::io::stdin()), Outputs::ours())
+}
+
+/// As `execute`, with streams of the caller's choice; without an input the command finds its end at once.
+///
+/// # Errors
+/// As `execute`.
+pub fn execute_into(
+    context: &Context<'_>,
+    order: Order,
+    input: Option<std::io::Stdin>,
+    outputs: Outputs,
+) -> Result<u8, Box<dyn Error>> {
     let terminal = if order.tty {
         Some(
             terminal::size()
@@ -150,7 +198,7 @@ pub fn execute(context: &Context<'_>, order: Order) -> Result<u8, Box<dyn Error>
         clock_ns: now_ns(),
         terminal,
         words: order.words.into_iter().map(OsString::into_vec).collect(),
-        variables: variables(order.tty),
+        variables: variables(order.tty, &order.variables),
         copies: order
             .copies
             .iter()
@@ -165,15 +213,30 @@ pub fn execute(context: &Context<'_>, order: Order) -> Result<u8, Box<dyn Error>
     let code = session::carry(
         &machine.door,
         run,
-        Some(std::io::stdin()),
+        input,
+        outputs,
         interrupt::take(),
         order.limit,
     );
     code.map_err(|error| machine.died(&error.to_string()).into())
 }
 
-fn order(machinery: &Machinery, words: &[OsString], tty: bool, limit: Option<Duration>) -> Order {
-    let mut items = Vec::new();
+fn order(
+    context: &Context<'_>,
+    machinery: &Machinery,
+    words: &[OsString],
+) -> Result<Order, Box<dyn Error>> {
+    let artifacts = if machinery.bare {
+        Artifacts::default()
+    } else {
+        let profile = if machinery.dev {
+            Profile::Dev
+        } else {
+            Profile::Release
+        };
+        artifacts::ensure(context, profile)?
+    };
+    let mut items = artifacts.items();
     let mut copies = Vec::new();
     for (number, copy) in machinery.copies.iter().enumerate() {
         let place = Path::new("copies").join(number.to_string());
@@ -188,21 +251,26 @@ fn order(machinery: &Machinery, words: &[OsString], tty: bool, limit: Option<Dur
     } else {
         Mode::Plain
     };
-    Order {
-        mode,
+    let variables = artifacts.variables_inside();
+    Ok(Order {
         items,
         copies,
+        variables,
         words: words.to_vec(),
-        tty,
-        limit,
-    }
+        ..Order::new(mode)
+    })
 }
 
-fn variables(tty: bool) -> Vec<Vec<u8>> {
-    let terminal = std::env::var_os("TERM").filter(|_| tty);
-    terminal
-        .map(|kind| [b"TERM=", kind.as_bytes()].concat())
-        .into_iter()
+fn variables(tty: bool, given: &[(&str, PathBuf)]) -> Vec<Vec<u8>> {
+    let line =
+        |name: &str, value: &std::ffi::OsStr| [name.as_bytes(), b"=", value.as_bytes()].concat();
+    let terminal = std::env::var_os("TERM")
+        .filter(|_| tty)
+        .map(|kind| line("TERM", &kind));
+    given
+        .iter()
+        .map(|(name, value)| line(name, value.as_os_str()))
+        .chain(terminal)
         .collect()
 }
 

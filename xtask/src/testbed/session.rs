@@ -35,6 +35,30 @@ pub enum SessionError {
     Io(#[source] io::Error),
 }
 
+/// Where the command's outputs go.
+pub struct Outputs {
+    /// Its standard output, or all that a terminal shows.
+    pub out: Box<dyn Write + Send>,
+    /// Its errors.
+    pub err: Box<dyn Write + Send>,
+}
+
+impl Outputs {
+    /// Our own.
+    pub fn ours() -> Self {
+        Self {
+            out: Box::new(io::stdout()),
+            err: Box::new(io::stderr()),
+        }
+    }
+}
+
+impl std::fmt::Debug for Outputs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Outputs")
+    }
+}
+
 enum Event {
     Frame(Frame),
     Signal(i32),
@@ -56,6 +80,7 @@ pub(crate) fn carry(
     door: &UnixStream,
     run: Run,
     input: Option<impl Read + Send + 'static>,
+    outputs: Outputs,
     signals: Taken,
     limit: Option<Duration>,
 ) -> Result<u8, SessionError> {
@@ -71,8 +96,8 @@ pub(crate) fn carry(
         None => send(&outbox, Frame::Closed(Stream::In)),
     }
     let mut sinks = HashMap::from([
-        (Stream::Out, sink(Stream::Out, io::stdout(), outbox.clone())),
-        (Stream::Err, sink(Stream::Err, io::stderr(), outbox.clone())),
+        (Stream::Out, sink(Stream::Out, outputs.out, outbox.clone())),
+        (Stream::Err, sink(Stream::Err, outputs.err, outbox.clone())),
     ]);
     let code = wait(&inbox, &outbox, &credit, &mut sinks, limit)?;
     for (_, (data, thread)) in sinks {
