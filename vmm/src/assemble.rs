@@ -5,50 +5,39 @@
 
 use crate::arch::cpuid::{self, Cpu};
 use crate::arch::{mptable, registers};
+use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, Entry, Guest};
 use crate::end::{End, Ends};
 use crate::inherit::Inherited;
 use crate::jail::{self, JailError};
-use crate::kvm::irq::Messages;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{self, KvmError};
 use crate::layout;
-use crate::machine::{Machine, PowerOff, StopSignals, machine_events};
+use crate::machine::{Machine, PowerOff, StopSignals};
 use crate::memory::{self, MemoryError};
 use crate::owner_channel::{ChannelError, OwnerChannel};
 use crate::record::Phases;
 use crate::seccomp::{self, Filter, FilterError, ThreadKind};
-use crate::vcpus::{Buses, Vcpus, VcpusError};
+use crate::vcpus::{Vcpus, VcpusError};
 use capsid_devices::GuestMemory;
-use capsid_devices::bus::{Bus, BusDevice, BusError};
 use capsid_devices::event::Poller;
-use capsid_devices::i8042::{I8042, I8042_PORT, I8042_PORT_BYTES};
-use capsid_devices::pci::{
-    CONFIG_PORT, CONFIG_PORT_BYTES, LayoutError, PciFunction, PciRoot, SlotError,
-};
-use capsid_devices::pvpanic::{PVPANIC_BAR_BYTES, PvPanic};
+use capsid_devices::fs::{FD_BUDGET_MIN, ShareError, ShareSetup, spawn_share_threads};
 use capsid_devices::rng::Rng;
-use capsid_devices::serial::{SERIAL_IRQ, SERIAL_PORT, SERIAL_PORT_BYTES, Serial};
-use capsid_devices::virtio::device::VirtioDevice;
-use capsid_devices::virtio::pci::{BAR_BYTES, TransportError, VirtioPci};
 use capsid_protocol::exit::VmmExit;
 use capsid_protocol::machine::MachineConfig;
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vm_memory::{Bytes, GuestAddress};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Guest-physical address space that each PCI slot gets for its BAR, in bytes.
-const SLOT_WINDOW_BYTES: u64 = 0x8000;
+/// Descriptors for the files that the guest has open, over all shares; the rest of [`jail::OPEN_FILES_MAX`] is for
+/// connections and for the VMM itself.
+const SHARE_FDS_MAX: usize = 12 * 1024;
 
-const _: () = {
-    assert!(BAR_BYTES as u64 <= SLOT_WINDOW_BYTES && PVPANIC_BAR_BYTES as u64 <= SLOT_WINDOW_BYTES);
-    assert!(32 * SLOT_WINDOW_BYTES <= layout::PCI_WINDOW_BYTES);
-    assert!(SERIAL_PORT == layout::SERIAL_PORT && SERIAL_IRQ == layout::SERIAL_GSI);
-};
+const _: () = assert!(SHARE_FDS_MAX < jail::OPEN_FILES_MAX as usize);
 
 /// Why a machine could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -74,18 +63,12 @@ pub enum AssembleError {
         #[source]
         cause: io::Error,
     },
-    /// Two devices in one place; a defect of the layout.
-    #[error("cannot place a device on its bus")]
-    Bus(#[from] BusError),
-    /// A slot taken twice; a defect.
-    #[error("cannot place a device on the PCI bus")]
-    Slot(#[from] SlotError),
-    /// A device's configuration space; a defect.
-    #[error("cannot lay out a PCI device")]
-    Layout(#[from] LayoutError),
-    /// A virtio device.
+    /// A device.
     #[error(transparent)]
-    Transport(#[from] TransportError),
+    Board(#[from] BoardError),
+    /// A share.
+    #[error(transparent)]
+    Share(#[from] ShareError),
     /// The owner channel and its vsock device.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -109,10 +92,8 @@ impl AssembleError {
             AssembleError::Boot(_) => VmmExit::BadKernel,
             AssembleError::Channel(error) => error.exit(),
             AssembleError::Host { .. }
-            | AssembleError::Bus(_)
-            | AssembleError::Slot(_)
-            | AssembleError::Layout(_)
-            | AssembleError::Transport(_) => VmmExit::Device,
+            | AssembleError::Board(_)
+            | AssembleError::Share(_) => VmmExit::Device,
             AssembleError::Jail(_)
             | AssembleError::Filter(_)
             | AssembleError::Vcpus(VcpusError::Filter(_)) => VmmExit::Jail,
@@ -164,6 +145,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         }
         _ => None,
     };
+    add_shares(&mut board, config, inherited.shares)?;
     let buses = board.finish()?;
     phases.ended("devices");
 
@@ -197,6 +179,32 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
         phases: phases.clone(),
     })
+}
+
+/// Starts the threads of each share, which confine themselves here and now, and puts its device on the board.
+fn add_shares(
+    board: &mut Board<'_>,
+    config: &MachineConfig,
+    trees: Vec<OwnedFd>,
+) -> Result<(), AssembleError> {
+    if trees.is_empty() {
+        return Ok(());
+    }
+    let filter = Arc::new(seccomp::compile(ThreadKind::FileSystem)?);
+    let each = (SHARE_FDS_MAX / trees.len()).max(FD_BUDGET_MIN);
+    for (share, tree) in config.shares.iter().zip(trees) {
+        let filter = Arc::clone(&filter);
+        let share = spawn_share_threads(ShareSetup {
+            tag: share.tag.clone(),
+            tree,
+            uid: config.jail.uid,
+            gid: config.jail.gid,
+            fd_budget: each,
+            seal: Arc::new(move || seccomp::confine(&filter).map_err(io::Error::other)),
+        })?;
+        board.add_virtio("virtio-fs", Box::new(share))?;
+    }
+    Ok(())
 }
 
 fn confine_main(filter: &Filter) -> Result<(), AssembleError> {
@@ -264,114 +272,4 @@ fn configure_vcpus(
         }
     }
     Ok(prepared.vcpus)
-}
-
-/// The buses while devices are put on them.
-struct Board<'a> {
-    vm: &'a Vm,
-    memory: &'a GuestMemory,
-    port: Bus,
-    mmio: Bus,
-    pci: Arc<PciRoot>,
-    next_slot: u8,
-}
-
-impl<'a> Board<'a> {
-    fn new(vm: &'a Vm, memory: &'a GuestMemory) -> Board<'a> {
-        Board {
-            vm,
-            memory,
-            port: Bus::new(),
-            mmio: Bus::new(),
-            pci: Arc::new(PciRoot::new()),
-            next_slot: 1,
-        }
-    }
-
-    /// The serial port and the keyboard controller.
-    fn add_legacy(
-        &mut self,
-        output: Option<std::os::fd::OwnedFd>,
-        ends: &Ends,
-        poller: &Arc<Poller>,
-    ) -> Result<Arc<Serial>, AssembleError> {
-        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(host("make the interrupt of the serial port"))?;
-        self.vm.add_irqfd(&line, layout::SERIAL_GSI)?;
-        let line = Some(Arc::new(line));
-        let serial = Arc::new(match output {
-            Some(fd) => Serial::with_output(line, fd, poller.clone()),
-            None => Serial::new(line),
-        });
-        self.port
-            .insert(SERIAL_PORT, SERIAL_PORT_BYTES, serial.clone())?;
-        let keyboard = Arc::new(I8042::new(machine_events(ends.clone())));
-        self.port.insert(I8042_PORT, I8042_PORT_BYTES, keyboard)?;
-        Ok(serial)
-    }
-
-    fn add_pvpanic(&mut self, ends: &Ends) -> Result<(), AssembleError> {
-        let (slot, address) = self.slot();
-        let pvpanic = Arc::new(PvPanic::new(address, machine_events(ends.clone()))?);
-        self.add_function(
-            slot,
-            address,
-            u64::from(PVPANIC_BAR_BYTES),
-            pvpanic.clone(),
-            pvpanic,
-        )
-    }
-
-    /// A virtio device in the next slot, its interrupts and its kicks.
-    fn add_virtio(
-        &mut self,
-        name: &'static str,
-        device: Box<dyn VirtioDevice>,
-    ) -> Result<(), AssembleError> {
-        let (slot, address) = self.slot();
-        // One vector a queue and one for the configuration.
-        let vectors = device.queue_sizes().len() as u16 + 1;
-        let routes = Arc::new(Messages::new(self.vm.clone(), vectors));
-        let transport = VirtioPci::new(name, device, Arc::clone(self.memory), routes, address)?;
-        for notify in transport.notify_addresses() {
-            self.vm.add_ioeventfd(notify.address, &notify.kick)?;
-        }
-        let transport = Arc::new(transport);
-        self.add_function(
-            slot,
-            address,
-            u64::from(BAR_BYTES),
-            transport.clone(),
-            transport,
-        )
-    }
-
-    fn add_function(
-        &mut self,
-        slot: u8,
-        address: u64,
-        bytes: u64,
-        function: Arc<dyn PciFunction>,
-        bar: Arc<dyn BusDevice>,
-    ) -> Result<(), AssembleError> {
-        self.mmio.insert(address, bytes, bar)?;
-        Ok(self.pci.insert(slot, function)?)
-    }
-
-    fn slot(&mut self) -> (u8, u64) {
-        let slot = self.next_slot;
-        self.next_slot += 1;
-        (
-            slot,
-            layout::PCI_WINDOW + u64::from(slot) * SLOT_WINDOW_BYTES,
-        )
-    }
-
-    fn finish(mut self) -> Result<Arc<Buses>, AssembleError> {
-        self.port.insert(CONFIG_PORT, CONFIG_PORT_BYTES, self.pci)?;
-        Ok(Arc::new(Buses {
-            port: self.port,
-            mmio: self.mmio,
-        }))
-    }
 }

@@ -5,7 +5,7 @@
 //!
 //! - [`inherit`]: what the process was started with.
 //! - [`mod@assemble`]: the recipe, from configuration to a machine that can run.
-//! - [`memory`], [`layout`], [`kvm`], [`arch`], [`boot`]: its parts.
+//! - [`memory`], [`layout`], [`kvm`], [`arch`], [`boot`], [`board`]: its parts.
 //! - [`vcpus`], [`machine`], [`end`]: the run and its end.
 //! - [`owner_channel`]: the host's side of vsock.
 //! - [`jail`], [`seccomp`]: what the process gives up before the guest runs.
@@ -13,6 +13,7 @@
 
 pub mod arch;
 pub mod assemble;
+pub mod board;
 pub mod boot;
 pub mod end;
 pub mod inherit;

@@ -5,6 +5,7 @@
 
 mod rules;
 
+use capsid_devices::fs::FS_SYSCALLS;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
     SeccompRule, TargetArch,
@@ -14,13 +15,15 @@ use std::collections::BTreeMap;
 /// A compiled filter.
 pub struct Filter(BpfProgram);
 
-/// The kinds of threads that this crate confines; the file system's threads confine themselves.
+/// The kinds of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadKind {
     /// Event loop: vsock, rng, owner channel, signals, the end.
     Main,
     /// One vCPU: `KVM_RUN` and the registers of devices.
     Vcpu,
+    /// One thread of a share: [`capsid_devices::fs::FS_SYSCALLS`].
+    FileSystem,
 }
 
 /// Why a filter could not be made or put on.
@@ -61,9 +64,10 @@ enum Test {
 /// A rule makes no sense.
 pub fn compile(kind: ThreadKind) -> Result<Filter, FilterError> {
     let failed = |cause| FilterError::Compile(kind, cause);
-    let rules = match kind {
-        ThreadKind::Main => rules::MAIN,
-        ThreadKind::Vcpu => rules::VCPU,
+    let (rules, more) = match kind {
+        ThreadKind::Main => (rules::MAIN, &[] as &[i64]),
+        ThreadKind::Vcpu => (rules::VCPU, &[] as &[i64]),
+        ThreadKind::FileSystem => (&[] as &[Rule], FS_SYSCALLS),
     };
     let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for rule in rules::EVERY_THREAD.iter().chain(rules) {
@@ -73,6 +77,10 @@ pub fn compile(kind: ThreadKind) -> Result<Filter, FilterError> {
             let conditions = conditions.collect::<Result<Vec<_>, _>>().map_err(failed)?;
             alternatives.push(SeccompRule::new(conditions).map_err(failed)?);
         }
+    }
+    for call in more {
+        // What every thread may do only with some arguments stays so.
+        calls.entry(*call).or_default();
     }
     let filter = SeccompFilter::new(
         calls,
@@ -108,7 +116,7 @@ mod tests {
 
     #[test]
     fn both_filters_compile_to_bounded_programs() {
-        for kind in [ThreadKind::Main, ThreadKind::Vcpu] {
+        for kind in [ThreadKind::Main, ThreadKind::Vcpu, ThreadKind::FileSystem] {
             let filter = compile(kind).unwrap();
             assert!(filter.0.len() > 50, "{kind:?}");
             assert!(filter.0.len() < 1000, "{kind:?}");
