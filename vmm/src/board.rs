@@ -89,8 +89,7 @@ impl<'a> Board<'a> {
         ends: &Ends,
         poller: &Arc<Poller>,
     ) -> Result<Arc<Serial>, BoardError> {
-        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)
-            .map_err(BoardError::Interrupt)?;
+        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BoardError::Interrupt)?;
         self.vm.add_irqfd(&line, layout::SERIAL_GSI)?;
         let line = Some(Arc::new(line));
         let serial = Arc::new(match output {
