@@ -91,9 +91,9 @@ impl AssembleError {
             AssembleError::Kvm(_) => VmmExit::KvmUnavailable,
             AssembleError::Boot(_) => VmmExit::BadKernel,
             AssembleError::Channel(error) => error.exit(),
-            AssembleError::Host { .. }
-            | AssembleError::Board(_)
-            | AssembleError::Share(_) => VmmExit::Device,
+            AssembleError::Host { .. } | AssembleError::Board(_) | AssembleError::Share(_) => {
+                VmmExit::Device
+            }
             AssembleError::Jail(_)
             | AssembleError::Filter(_)
             | AssembleError::Vcpus(VcpusError::Filter(_)) => VmmExit::Jail,
