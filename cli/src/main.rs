@@ -1,2 +1,7 @@
-//! Placeholder of the first commit.
-fn main() {}
+//! `capsid`. See the library.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    capsid::main()
+}

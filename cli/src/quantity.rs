@@ -7,7 +7,7 @@ const MIB_BYTES: u64 = 1 << 20;
 
 /// Why a number was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum QuantityError {
+pub(crate) enum QuantityError {
     /// Not a size.
     #[error(
         "--memory {0:?} is not a size: expected a number with b, k, m, g or t, for instance 512m"

@@ -24,7 +24,7 @@ pub(crate) struct User {
 
 /// Why a user was refused.
 #[derive(Debug, thiserror::Error)]
-pub enum UserError {
+pub(crate) enum UserError {
     /// No such user.
     #[error("unknown user {0:?}: it is not in the container's /etc/passwd")]
     UnknownUser(String),

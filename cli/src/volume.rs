@@ -18,7 +18,7 @@ pub(crate) struct Volume {
 
 /// Why a volume was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum VolumeError {
+pub(crate) enum VolumeError {
     /// Not `SRC:DST[:ro]`.
     #[error("volume {0:?}: expected SRC:DST or SRC:DST:ro")]
     Syntax(String),

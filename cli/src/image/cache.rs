@@ -24,7 +24,7 @@ const NAME_TRIES_MAX: u32 = 64;
 
 /// What the cache could not do.
 #[derive(Debug, thiserror::Error)]
-pub enum CacheError {
+pub(crate) enum CacheError {
     /// A directory of the cache cannot be made or opened.
     #[error("cannot use the image cache at {path} (set CAPSID_CACHE to another directory)")]
     Use {
@@ -129,7 +129,7 @@ impl Cache {
     ///
     /// # Errors
     /// It cannot be written out or renamed.
-    pub(crate) fn finish(&self, unpacking: Unpacking, diff_id: &Digest) -> Result<(), CacheError> {
+    pub(crate) fn finish(&self, unpacking: &Unpacking, diff_id: &Digest) -> Result<(), CacheError> {
         let path = self.path(diff_id);
         let stored = || -> io::Result<()> {
             // A layer that is there is good even after a power cut: its files reach the disk before its name.
@@ -248,7 +248,8 @@ mod tests {
         let cache = Cache::open(scratch.path()).expect("writable");
         let unpacking = cache.begin().expect("writable");
         assert!(!cache.has(&digest()));
-        cache.finish(unpacking, &digest()).expect("renamed");
+        cache.finish(&unpacking, &digest()).expect("renamed");
+        drop(unpacking);
         assert!(cache.has(&digest()));
         assert_eq!(left_behind(&scratch), 0);
     }
@@ -276,13 +277,12 @@ mod tests {
     fn the_second_of_two_runs_keeps_the_first_one_s_layer() {
         let scratch = Scratch::new("cache");
         let cache = Cache::open(scratch.path()).expect("writable");
-        let (first, second) = (cache.begin(), cache.begin());
-        let first = first.expect("writable");
+        let first = cache.begin().expect("writable");
+        let second = cache.begin().expect("writable");
         fs::write(first.root().join("mark"), "first").expect("writable");
-        cache.finish(first, &digest()).expect("renamed");
-        cache
-            .finish(second.expect("writable"), &digest())
-            .expect("kept");
+        cache.finish(&first, &digest()).expect("renamed");
+        cache.finish(&second, &digest()).expect("kept");
+        drop((first, second));
         assert!(cache.path(&digest()).join("mark").exists());
         assert_eq!(left_behind(&scratch), 0);
     }

@@ -90,7 +90,7 @@ pub(crate) struct RootFs {
 
 /// What an image says of the process to run (image-spec, "Image Configuration").
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
-pub struct ImageConfig {
+pub(crate) struct ImageConfig {
     /// `NAME=value`.
     #[serde(rename = "Env", default)]
     pub env: Option<Vec<String>>,
@@ -105,7 +105,7 @@ pub struct ImageConfig {
     pub working_dir: Option<String>,
     /// `user[:group]`, names or numbers.
     #[serde(rename = "User", default)]
-    pub user: Option<String>,
+    pub(crate) user: Option<String>,
 }
 
 /// Which of an index's manifests to take.

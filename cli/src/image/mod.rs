@@ -12,7 +12,7 @@ mod store;
 pub(crate) mod tar;
 pub(crate) mod tree;
 
-pub use manifest::ImageConfig;
+pub(crate) use manifest::ImageConfig;
 
 use crate::abort::{Abort, Aborted};
 use crate::escape::Line;
@@ -35,7 +35,7 @@ const NAMES_SHOWN_MAX: usize = 8;
 
 /// Why an image was refused.
 #[derive(Debug, thiserror::Error)]
-pub enum ImageError {
+pub(crate) enum ImageError {
     /// It cannot be opened.
     #[error("cannot open image {path}")]
     Open {
@@ -164,7 +164,7 @@ pub enum ImageError {
 
 /// An image ready to be mounted.
 #[derive(Debug)]
-pub struct Image {
+pub(crate) struct Image {
     /// What it says of the process.
     pub config: ImageConfig,
     /// The directories of its layers in the cache, the lowest first.
@@ -243,7 +243,7 @@ fn unpack(layer: Layer, cache: &Cache, abort: &Abort) -> Result<u64, ImageError>
     if let Some(digest) = &layer.digest {
         same("the layer's blob", digest, &blob_tally.borrow().digest())?;
     }
-    cache.finish(unpacking, &layer.diff_id)?;
+    cache.finish(&unpacking, &layer.diff_id)?;
     Ok(unpacked.dropped_xattrs)
 }
 

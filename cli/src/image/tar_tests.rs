@@ -18,7 +18,7 @@ impl TarMaker {
     ) -> &mut Self {
         let mut block = [0u8; BLOCK_BYTES];
         let mut put = |offset: usize, bytes: &[u8]| {
-            block[offset..offset + bytes.len()].copy_from_slice(bytes)
+            block[offset..offset + bytes.len()].copy_from_slice(bytes);
         };
         put(0, path.as_bytes());
         put(100, format!("{mode:07o}\0").as_bytes());

@@ -65,8 +65,6 @@ pub(crate) struct Share {
     pub(crate) tree: OwnedFd,
     /// The root file system in it.
     rootfs: OwnedFd,
-    /// For each volume whether it is a directory.
-    pub(crate) volume_is_directory: Vec<bool>,
 }
 
 impl Share {
@@ -78,7 +76,7 @@ impl Share {
 
 /// What could not be mounted.
 #[derive(Debug, thiserror::Error)]
-pub enum ShareError {
+pub(crate) enum ShareError {
     /// A volume's source cannot be opened.
     #[error("volume source {path}")]
     Volume {
@@ -160,11 +158,9 @@ fn mount_all(plan: &Plan) -> Result<Share, ShareError> {
     put_files(plan, &tree).map_err(step("write the container's /etc files"))?;
     let directory = Path::new(&plan.id).join("volumes");
     make_directory(&tree, &directory).map_err(step("make the volumes' directory"))?;
-    let mut volume_is_directory = Vec::with_capacity(volumes.len());
     for (index, (mount, is_directory)) in volumes.into_iter().enumerate() {
         let place = directory.join(index.to_string());
         put(&mount, &tree, &place, is_directory).map_err(step("mount a volume"))?;
-        volume_is_directory.push(is_directory);
     }
     let tree = clone_tree(tree.as_fd(), Path::new("")).map_err(step("clone the share's tree"))?;
     // The VMM never opens a device or runs a program of the tree; the guest's own kernel serves its devices.
@@ -174,11 +170,7 @@ fn mount_all(plan: &Plan) -> Result<Share, ShareError> {
     )
     .map_err(step("restrict the share's tree"))?;
     let rootfs = open_at(&tree, &rootfs).map_err(step("open the root file system"))?;
-    Ok(Share {
-        tree,
-        rootfs,
-        volume_is_directory,
-    })
+    Ok(Share { tree, rootfs })
 }
 
 fn step(what: &'static str) -> impl FnOnce(io::Error) -> ShareError {

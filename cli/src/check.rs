@@ -1,0 +1,356 @@
+//! `capsid check`: what this machine has and lacks, and what to do. The last line is not an opinion: a VM is booted.
+//! Nothing here waits without a deadline; software KVM is told by the CPU's flags and not tried.
+
+use crate::abort::Abort;
+use crate::args::{CheckArgs, MachineArgs};
+use crate::host::{self, KvmKind};
+use crate::image::cache::{Cache, DEFAULT_DIRECTORY};
+use crate::share::{self, Plan, Root};
+use crate::vm::agent::Agent;
+use crate::vm::files::Part;
+use crate::vm::{Machine, News, Parts};
+use crate::{chain, quantity};
+use capsid_protocol::agent::StartSandboxResponse;
+use serde::Serialize;
+use std::io::Write;
+use std::path::PathBuf;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+/// How long the VM of a check may take to boot, in ms; an emulated host is some twenty times slower than a real one.
+const BOOT_TIMEOUT_MS: u64 = 120_000;
+/// How long it may take to power off, in ms.
+const POWER_OFF_TIMEOUT_MS: u64 = 30_000;
+/// The first kernel with all of the mount API that is used.
+const KERNEL_MIN: (u32, u32) = (5, 12);
+/// Memory of the VM that is booted.
+const BOOT_MEMORY: &str = "128m";
+
+/// How a thing stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    /// As it must be.
+    Ok,
+    /// `run` does not work.
+    Missing,
+}
+
+/// One line of the answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Item {
+    name: &'static str,
+    state: State,
+    text: String,
+}
+
+impl Item {
+    fn ok(name: &'static str, text: impl Into<String>) -> Item {
+        Item {
+            name,
+            state: State::Ok,
+            text: text.into(),
+        }
+    }
+
+    fn from_result(name: &'static str, result: Result<String, impl std::error::Error>) -> Item {
+        match result {
+            Ok(text) => Item::ok(name, text),
+            Err(error) => Item {
+                name,
+                state: State::Missing,
+                text: chain(&error),
+            },
+        }
+    }
+}
+
+/// The whole answer.
+#[derive(Debug, Serialize)]
+struct Answer {
+    usable: bool,
+    version: &'static str,
+    items: Vec<Item>,
+}
+
+/// Checks and prints; whether `run` would work.
+pub(crate) fn check(args: &CheckArgs, abort: &Abort) -> bool {
+    let mut items = machine_items();
+    items.extend(file_items(&args.machine));
+    items.push(mount_item());
+    let is_ready = items.iter().all(|item| item.state != State::Missing);
+    items.push(match is_ready {
+        true => boot_item(&args.machine, abort),
+        false => Item {
+            name: "boot",
+            state: State::Missing,
+            text: "not tried, since something above is missing".to_owned(),
+        },
+    });
+    let answer = Answer {
+        usable: items.iter().all(|item| item.state != State::Missing),
+        version: env!("CARGO_PKG_VERSION"),
+        items,
+    };
+    let text = match args.json {
+        true => serde_json::to_string_pretty(&answer).unwrap_or_default() + "\n",
+        false => table(&answer),
+    };
+    // A reader that is gone has had enough; the exit code says it too.
+    let _closed = std::io::stdout().write_all(text.as_bytes());
+    answer.usable
+}
+
+fn table(answer: &Answer) -> String {
+    let mut text = String::new();
+    for item in &answer.items {
+        let mark = match item.state {
+            State::Ok => "ok",
+            State::Missing => "MISSING",
+        };
+        text.push_str(&format!("{mark:<7} {:<12} {}\n", item.name, item.text));
+    }
+    text.push_str(match answer.usable {
+        true => "capsid run works on this machine\n",
+        false => "capsid run does not work on this machine\n",
+    });
+    text
+}
+
+fn machine_items() -> Vec<Item> {
+    vec![
+        user_item(rustix::process::geteuid().is_root()),
+        kernel_item(&host::kernel_release()),
+        kvm_item(host::kvm()),
+        memory_item(host::memory(), host::cgroup_memory_limit()),
+        Item::ok(
+            "cgroups",
+            format!("{} (capsid run does not need them)", host::cgroups()),
+        ),
+    ]
+}
+
+fn user_item(is_root: bool) -> Item {
+    match is_root {
+        true => Item::ok("user", "root"),
+        false => Item {
+            name: "user",
+            state: State::Missing,
+            text: "not root: run as root, for mounts and the VMM's jail".to_owned(),
+        },
+    }
+}
+
+fn kernel_item(release: &str) -> Item {
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|number| number.parse().unwrap_or(0));
+    let version = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let (major, minor) = KERNEL_MIN;
+    match version >= KERNEL_MIN {
+        true => Item::ok("kernel", format!("Linux {release}")),
+        false => Item {
+            name: "kernel",
+            state: State::Missing,
+            text: format!("Linux {release}: {major}.{minor} or newer is needed"),
+        },
+    }
+}
+
+fn kvm_item(kvm: Result<KvmKind, host::KvmError>) -> Item {
+    let result = kvm.and_then(|kind| match kind {
+        KvmKind::Hardware(name) => Ok(format!("{}: hardware ({name})", host::KVM_DEVICE)),
+        KvmKind::Software(modules) => Err(host::KvmError::Software {
+            modules: modules.join(", "),
+        }),
+    });
+    Item::from_result("kvm", result)
+}
+
+fn memory_item((total, available): (u64, u64), cgroup_limit: Option<u64>) -> Item {
+    let mib = |bytes: u64| bytes >> 20;
+    let usable = available.min(cgroup_limit.unwrap_or(u64::MAX));
+    let mut text = format!("{} MiB, {} MiB available", mib(total), mib(available));
+    if let Some(limit) = cgroup_limit {
+        text.push_str(&format!(", cgroup limit {} MiB", mib(limit)));
+    }
+    let is_enough = quantity::memory(BOOT_MEMORY, usable).is_ok();
+    if !is_enough {
+        text.push_str(": too little for a VM");
+    }
+    Item {
+        name: "memory",
+        state: if is_enough { State::Ok } else { State::Missing },
+        text,
+    }
+}
+
+fn file_items(args: &MachineArgs) -> Vec<Item> {
+    let parts = [
+        ("vmm", Part::Vmm),
+        ("guest kernel", Part::Kernel),
+        ("initramfs", Part::Initramfs),
+    ];
+    let mut items: Vec<Item> = parts
+        .into_iter()
+        .map(|(name, part)| {
+            let found = part.find(args).and_then(|path| {
+                let file = part.open(&path)?;
+                let length = file.metadata().map(|kind| kind.len()).unwrap_or(0);
+                Ok(format!("{}, {} KiB", path.display(), length >> 10))
+            });
+            Item::from_result(name, found)
+        })
+        .collect();
+    let directory = std::env::var_os("CAPSID_CACHE").filter(|path| !path.is_empty());
+    let directory = directory.map_or_else(|| PathBuf::from(DEFAULT_DIRECTORY), PathBuf::from);
+    let opened = Cache::open(&directory).map(|_| directory.display().to_string());
+    items.push(Item::from_result("image cache", opened));
+    items
+}
+
+/// Makes what `run` would mount, of a directory that every host has, and lets it go.
+fn mount_item() -> Item {
+    let made = share::make(&Plan {
+        id: "check".to_owned(),
+        root: Root::Directory {
+            path: PathBuf::from("/etc"),
+            read_only: true,
+        },
+        volumes: Vec::new(),
+        files: Vec::new(),
+        host_memory_bytes: host::memory().0,
+    });
+    let text = "overlay, tmpfs and detached mount trees work";
+    Item::from_result("mounts", made.map(|_| text.to_owned()))
+}
+
+/// Why the VM did not boot.
+#[derive(Debug, thiserror::Error)]
+enum BootError {
+    #[error(transparent)]
+    File(#[from] crate::vm::files::FileError),
+    #[error(transparent)]
+    Quantity(#[from] quantity::QuantityError),
+    #[error(transparent)]
+    Start(#[from] crate::vm::StartError),
+    #[error(transparent)]
+    Agent(#[from] crate::vm::agent::AgentError),
+    #[error(transparent)]
+    Aborted(#[from] crate::abort::Aborted),
+    #[error("the VM ended: {0}")]
+    Ended(String),
+    #[error("the guest did not come up within {BOOT_TIMEOUT_MS} ms")]
+    Late,
+}
+
+fn boot_item(args: &MachineArgs, abort: &Abort) -> Item {
+    let booted = boot(args, abort).map(|(guest, took)| {
+        format!(
+            "a VM booted in {} ms: Linux {}, agent {}",
+            took.as_millis(),
+            crate::escape::Line(guest.kernel_release.as_bytes()),
+            crate::escape::Line(guest.agent_version.as_bytes()),
+        )
+    });
+    Item::from_result("boot", booted)
+}
+
+/// Boots a VM, talks to its agent and powers it off. The machine's guard kills what does not end by itself.
+fn boot(args: &MachineArgs, abort: &Abort) -> Result<(StartSandboxResponse, Duration), BootError> {
+    let parts = Parts {
+        id: "check".to_owned(),
+        vmm: Part::Vmm.find(args)?,
+        kernel: Part::Kernel.open(&Part::Kernel.find(args)?)?,
+        initramfs: Part::Initramfs.open(&Part::Initramfs.find(args)?)?,
+        share: None,
+        cpus: quantity::cpus("1")?,
+        memory: quantity::memory(BOOT_MEMORY, host::memory().0)?,
+        console: false,
+    };
+    let started = Instant::now();
+    let deadline = started + Duration::from_millis(BOOT_TIMEOUT_MS);
+    let (sender, news) = mpsc::channel();
+    let _machine = Machine::start(parts, move |item| {
+        // The check may be over.
+        let _nobody_listens = sender.send(item);
+    })?;
+    let stream = loop {
+        abort.check()?;
+        // Short waits, for a signal to be seen between them.
+        let left = deadline.saturating_duration_since(Instant::now());
+        match news.recv_timeout(left.min(ABORT_CHECK)) {
+            Ok(News::AgentDialled(stream)) => break stream,
+            Ok(News::Ended(ended)) => {
+                let reason = crate::run::machine_ended(&ended);
+                return Err(BootError::Ended(reason));
+            }
+            Err(_) if left.is_zero() => return Err(BootError::Late),
+            Err(_) => {}
+        }
+    };
+    let agent = Agent::new(stream)?;
+    let guest = agent.start_sandbox("check")?;
+    let took = started.elapsed();
+    agent.power_off()?;
+    let limit = Duration::from_millis(POWER_OFF_TIMEOUT_MS);
+    match news.recv_timeout(limit) {
+        Ok(_) => Ok((guest, took)),
+        Err(_) => Err(BootError::Late),
+    }
+}
+
+/// How often a waiting check looks for a signal.
+const ABORT_CHECK: Duration = Duration::from_millis(100);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn software_kvm_is_missing_and_says_what_to_do() {
+        let item = kvm_item(Ok(KvmKind::Software(vec!["kvm_pvm".into()])));
+        assert_eq!(item.state, State::Missing);
+        assert!(
+            item.text.contains("kvm_pvm") && item.text.contains("testbed"),
+            "{}",
+            item.text
+        );
+    }
+
+    #[test]
+    fn an_absent_kvm_is_missing_and_named() {
+        let item = kvm_item(Err(host::KvmError::Absent));
+        assert_eq!(item.state, State::Missing);
+        assert!(item.text.contains("/dev/kvm does not exist"));
+    }
+
+    #[test]
+    fn an_old_kernel_is_missing() {
+        assert_eq!(kernel_item("5.10.0-8-amd64").state, State::Missing);
+        assert_eq!(kernel_item("5.12.0").state, State::Ok);
+        assert_eq!(kernel_item("6.1.0-18-amd64").state, State::Ok);
+        assert_eq!(kernel_item("not a version").state, State::Missing);
+    }
+
+    #[test]
+    fn a_cgroup_that_leaves_too_little_is_missing() {
+        let gib = 1 << 30;
+        assert_eq!(memory_item((4 * gib, 2 * gib), None).state, State::Ok);
+        assert_eq!(
+            memory_item((4 * gib, 2 * gib), Some(64 << 20)).state,
+            State::Missing
+        );
+        assert_eq!(memory_item((4 * gib, 64 << 20), None).state, State::Missing);
+    }
+
+    #[test]
+    fn the_table_ends_with_the_answer() {
+        let answer = Answer {
+            usable: false,
+            version: "0",
+            items: vec![user_item(false)],
+        };
+        assert!(table(&answer).ends_with("does not work on this machine\n"));
+    }
+}

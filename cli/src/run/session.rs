@@ -1,0 +1,525 @@
+//! From the start of the VMM to its end: one loop over events, everything else on threads that send them.
+//!
+//! ```text
+//! Booting --agent dialled--> Starting --started--> Running --exited--> Draining --outputs ended--> Stopping --VMM ended--> done
+//! ```
+//! An ending signal before Running kills the machine; in Running it is forwarded; the third one there kills the
+//! machine, since PID 1 of a container may ignore every signal. The end of the VMM ends every state.
+
+use super::verdict::{self, Verdict};
+use super::{Clock, RunError, Told};
+use crate::abort::Aborted;
+use crate::signals::ENDING;
+use crate::stdio::{self, OutputEnd, Progress};
+use crate::terminal::{self, Raw};
+use crate::vm::agent::{Agent, AgentError};
+use crate::vm::{Ended, Machine, News, Owner, Parts};
+use capsid_protocol::agent::{StartSandboxResponse, Stdio};
+use capsid_protocol::vsock::{AGENT_STREAM_PORT, StreamHeader};
+use nix::sys::signal::Signal;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// How long the guest may take from the VMM's start to the agent's dial, in ms. An emulated host is some twenty times
+/// slower than a real one; a guest that dies is noticed by its VMM and not by this.
+const AGENT_READY_TIMEOUT_MS: u64 = 120_000;
+/// How long an output may stand still after the command's exit, in ms, while nobody keeps us from writing.
+const DRAIN_IDLE_MS: u64 = 30_000;
+/// How long the guest may take to power off, in ms; longer than the VMM's own grace.
+const STOP_TIMEOUT_MS: u64 = 30_000;
+/// How long after the agent was lost its VMM may take to say why, in ms.
+const LOST_GRACE_MS: u64 = 10_000;
+/// How long an output may stand still after the VMM's end, in ms.
+const FLUSH_IDLE_MS: u64 = 5_000;
+/// The ending signal of this number, in a running container, kills the machine.
+const SIGNALS_TO_KILL: u32 = 3;
+
+/// Ids of the stdio streams, unique in one VM.
+const STDIN_ID: u64 = 1;
+const STDOUT_ID: u64 = 2;
+const STDERR_ID: u64 = 3;
+
+/// The container to run.
+pub(crate) struct Container {
+    pub(crate) id: String,
+    pub(crate) hostname: String,
+    pub(crate) spec: Vec<u8>,
+    pub(crate) interactive: bool,
+    pub(crate) tty: bool,
+}
+
+/// What happens to a session.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A signal to this process.
+    Signal(Signal),
+    /// News of the machine.
+    Machine(News),
+    /// The agent has answered for the first time.
+    Guest(Box<StartSandboxResponse>),
+    /// The streams are dialled; the outputs come from these pumps.
+    Outputs(Vec<Arc<Progress>>),
+    /// The container is made; its program does not run yet.
+    Created,
+    /// The user's program runs.
+    Started,
+    /// The command's exit, or why it is not known.
+    Exited(Result<u8, AgentError>),
+    /// One output has ended.
+    OutputEnded(&'static str, OutputEnd),
+    /// The answer to PowerOff.
+    PowerOff(Result<(), AgentError>),
+}
+
+/// What the thread for short calls does.
+enum Call {
+    Signal(i32),
+    Resize(u16, u16),
+    PowerOff,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Booting,
+    Starting,
+    Running,
+    Draining,
+    Stopping,
+}
+
+/// A machine and what is known of its container.
+pub(crate) struct Session {
+    machine: Machine,
+    sender: mpsc::Sender<Event>,
+    events: mpsc::Receiver<Event>,
+    clock: Clock,
+    told: Told,
+    state: State,
+    /// When the state is over at the latest.
+    deadline: Option<Instant>,
+    verdict: Option<Verdict>,
+    /// What to say if the VMM does not say more.
+    lost: Option<Verdict>,
+    killed_by_us: bool,
+    /// Outputs that have not ended, and what they had written when last looked at.
+    outputs: Vec<(Arc<Progress>, u64)>,
+    open_outputs: usize,
+    ending_signals: u32,
+    calls: Option<mpsc::Sender<Call>>,
+    raw: Option<Raw>,
+}
+
+impl Session {
+    /// Starts the machine.
+    ///
+    /// # Errors
+    /// Nothing was started.
+    pub(crate) fn start(
+        parts: Parts,
+        (sender, events): (mpsc::Sender<Event>, mpsc::Receiver<Event>),
+        clock: &Clock,
+    ) -> Result<Session, RunError> {
+        let told = Told {
+            id: parts.id.clone(),
+            cpus: parts.cpus.get(),
+            memory_mib: parts.memory.get(),
+            ..Default::default()
+        };
+        let tell = sender.clone();
+        let machine = Machine::start(parts, move |news| {
+            // The session may be over.
+            let _nobody_listens = tell.send(Event::Machine(news));
+        })?;
+        clock.mark("vmm exec");
+        Ok(Session {
+            machine,
+            sender,
+            events,
+            clock: clock.clone(),
+            told,
+            state: State::Booting,
+            deadline: Some(Instant::now() + Duration::from_millis(AGENT_READY_TIMEOUT_MS)),
+            verdict: None,
+            lost: None,
+            killed_by_us: false,
+            outputs: Vec::new(),
+            open_outputs: 0,
+            ending_signals: 0,
+            calls: None,
+            raw: None,
+        })
+    }
+
+    /// Runs the container to its end and the machine to its.
+    ///
+    /// # Errors
+    /// A signal ended the start.
+    pub(crate) fn run(mut self, container: Container) -> Result<(Verdict, Told), RunError> {
+        let container = Arc::new(container);
+        loop {
+            let event = match self.deadline {
+                None => self
+                    .events
+                    .recv()
+                    .map_err(|_| RecvTimeoutError::Disconnected),
+                Some(deadline) => {
+                    let left = deadline.saturating_duration_since(Instant::now());
+                    self.events.recv_timeout(left)
+                }
+            };
+            match event {
+                Ok(Event::Machine(News::Ended(ended))) => return Ok(self.ended(ended)),
+                Ok(event) => self.handle(event, &container)?,
+                Err(_) => self.late(),
+            }
+        }
+    }
+
+    fn handle(&mut self, event: Event, container: &Arc<Container>) -> Result<(), RunError> {
+        match event {
+            Event::Machine(News::AgentDialled(fd)) => self.dialled(fd, container),
+            Event::Machine(News::Ended(_)) => {} // taken before
+            Event::Signal(signal) => self.signal(signal)?,
+            Event::Guest(guest) => {
+                self.clock.mark("sandbox");
+                self.told.guest = Some(*guest);
+            }
+            Event::Outputs(outputs) => {
+                self.open_outputs = outputs.len();
+                self.outputs = outputs.into_iter().map(|output| (output, 0)).collect();
+            }
+            Event::Created => self.created(container),
+            Event::Started => self.started(container),
+            Event::Exited(exit) => self.exited(exit),
+            Event::OutputEnded(name, end) => self.output_ended(name, &end),
+            Event::PowerOff(answer) => {
+                if let Err(error) = answer {
+                    self.told.power_off = Some(error);
+                    self.kill();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The agent is there: a thread makes the calls that run the container, another the short ones.
+    fn dialled(&mut self, fd: OwnedFd, container: &Arc<Container>) {
+        self.clock.mark("agent");
+        self.state = State::Starting;
+        self.deadline = None; // each call has its own
+        let agent = match Agent::new(fd) {
+            Ok(agent) => agent,
+            Err(error) => return self.exited(Err(error)),
+        };
+        let (calls, receiver) = mpsc::channel();
+        self.calls = Some(calls);
+        let (caller, id, sender) = (agent.clone(), container.id.clone(), self.sender.clone());
+        thread::spawn(move || make_calls(&caller, &id, &receiver, &sender));
+        let start = Start {
+            agent,
+            owner: self.machine.owner().clone(),
+            container: Arc::clone(container),
+            sender: self.sender.clone(),
+            clock: self.clock.clone(),
+        };
+        thread::spawn(move || start.run());
+    }
+
+    /// From here on Ctrl-C is for the command, as a byte.
+    fn created(&mut self, container: &Container) {
+        self.clock.mark("create");
+        if container.tty && container.interactive {
+            match Raw::enter() {
+                Ok(raw) => self.raw = Some(raw),
+                Err(cause) => eprintln!("capsid: cannot put the terminal into raw mode: {cause}"),
+            }
+        }
+    }
+
+    fn started(&mut self, container: &Container) {
+        self.clock.mark("start");
+        if self.state != State::Starting {
+            return;
+        }
+        self.state = State::Running;
+        if container.tty {
+            // The size may have changed on the way here.
+            self.resize();
+        }
+    }
+
+    fn signal(&mut self, signal: Signal) -> Result<(), RunError> {
+        let is_ending = ENDING.contains(&signal);
+        match self.state {
+            State::Booting | State::Starting if is_ending => {
+                let signal = signal as i32;
+                // Dropping the session kills the machine and waits for its end.
+                return Err(Aborted { signal }.into());
+            }
+            State::Booting | State::Starting => {}
+            State::Running if signal == Signal::SIGWINCH => self.resize(),
+            State::Running => {
+                self.ending_signals += u32::from(is_ending);
+                if self.ending_signals < SIGNALS_TO_KILL {
+                    return self.call(Call::Signal(signal as i32));
+                }
+                let reason = "the command ignored its signals, so its VM was killed";
+                let verdict = Verdict::signalled(signal as i32, Some(reason.to_owned()));
+                self.verdict = Some(verdict);
+                self.kill();
+            }
+            // The command has ended: an impatient person need not wait for a slow end.
+            State::Draining | State::Stopping if is_ending => self.kill(),
+            State::Draining | State::Stopping => {}
+        }
+        Ok(())
+    }
+
+    fn resize(&mut self) {
+        if let Some((columns, rows)) = terminal::size() {
+            // The calling thread ends with the machine only.
+            let _ended = self.call(Call::Resize(columns, rows));
+        }
+    }
+
+    fn call(&mut self, call: Call) -> Result<(), RunError> {
+        if let Some(calls) = &self.calls {
+            // Its thread is gone only when the session is over.
+            let _over = calls.send(call);
+        }
+        Ok(())
+    }
+
+    fn exited(&mut self, exit: Result<u8, AgentError>) {
+        let is_running = matches!(self.state, State::Running);
+        match exit {
+            Ok(code) => {
+                self.clock.mark("run");
+                self.verdict.get_or_insert(Verdict::exited(code));
+                self.state = State::Draining;
+                self.wait_for_outputs();
+            }
+            Err(error @ AgentError::Lost { .. }) => {
+                // The VMM knows more: a guest that panics takes its agent along first.
+                self.lost = Some(verdict::agent_failed(&error, is_running));
+                self.deadline = Some(Instant::now() + Duration::from_millis(LOST_GRACE_MS));
+            }
+            Err(error) => {
+                self.verdict = Some(verdict::agent_failed(&error, is_running));
+                self.stop();
+            }
+        }
+    }
+
+    fn wait_for_outputs(&mut self) {
+        if self.open_outputs == 0 {
+            return self.stop();
+        }
+        self.deadline = Some(Instant::now() + Duration::from_millis(DRAIN_IDLE_MS));
+    }
+
+    fn output_ended(&mut self, name: &'static str, end: &OutputEnd) {
+        self.open_outputs = self.open_outputs.saturating_sub(1);
+        self.lost_output(name, end);
+        if self.state == State::Draining && self.open_outputs == 0 {
+            self.stop();
+        }
+    }
+
+    /// Output that could not be written is an error of ours, whatever the command's exit.
+    fn lost_output(&mut self, name: &'static str, end: &OutputEnd) {
+        if let OutputEnd::Failed(error) = end {
+            let reason = format!("cannot write {name}: {error}; output was lost");
+            self.verdict = Some(Verdict::ours(reason));
+        }
+    }
+
+    /// Asks the guest to power off.
+    fn stop(&mut self) {
+        self.state = State::Stopping;
+        self.deadline = Some(Instant::now() + Duration::from_millis(STOP_TIMEOUT_MS));
+        self.raw = None; // the person's terminal is theirs again
+        match &self.calls {
+            Some(calls) if calls.send(Call::PowerOff).is_ok() => {}
+            _ => self.kill(),
+        }
+    }
+
+    /// The deadline of the state has passed.
+    fn late(&mut self) {
+        match self.state {
+            State::Draining => {
+                if self.outputs_moved() {
+                    return self.wait_for_outputs();
+                }
+                eprintln!("capsid: the guest did not end its output; some of it may be missing");
+                self.stop();
+            }
+            State::Booting => {
+                let limit_s = AGENT_READY_TIMEOUT_MS / 1000;
+                let reason = format!("the guest did not come up within {limit_s} s");
+                self.verdict = Some(Verdict::ours(reason));
+                self.kill();
+            }
+            State::Starting | State::Running | State::Stopping => self.kill(),
+        }
+    }
+
+    fn kill(&mut self) {
+        self.deadline = None; // the kernel does not refuse this signal, so the end comes
+        self.killed_by_us = true;
+        self.machine.kill();
+    }
+
+    /// The VMM is gone. An exit that the agent told stands; else the VMM's end is the reason, unless it was ours.
+    fn ended(mut self, ended: Ended) -> (Verdict, Told) {
+        self.clock.mark("end");
+        self.flush_outputs();
+        self.raw = None;
+        let is_running = matches!(self.state, State::Running);
+        let lost = self.lost.take().filter(|_| self.killed_by_us);
+        let verdict = self.verdict.take().or(lost);
+        let verdict = verdict.unwrap_or_else(|| verdict::machine_ended(&ended, is_running));
+        self.told.report = ended.report;
+        (verdict, std::mem::take(&mut self.told))
+    }
+
+    /// What the guest had sent before its end is still in the sockets: it is written out, as long as somebody takes it.
+    fn flush_outputs(&mut self) {
+        let idle = Duration::from_millis(FLUSH_IDLE_MS);
+        while self.open_outputs > 0 {
+            match self.events.recv_timeout(idle) {
+                Ok(Event::OutputEnded(name, end)) => {
+                    self.open_outputs -= 1;
+                    self.lost_output(name, &end);
+                }
+                Ok(_) => {}
+                Err(_) if self.outputs_moved() => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Whether an output has written anything since this was last asked.
+    fn outputs_moved(&mut self) -> bool {
+        let mut moved = false;
+        for (output, before) in &mut self.outputs {
+            moved |= output.bytes() != *before;
+            *before = output.bytes();
+        }
+        moved
+    }
+}
+
+/// The calls that run the container, one after another.
+struct Start {
+    agent: Agent,
+    owner: Owner,
+    container: Arc<Container>,
+    sender: mpsc::Sender<Event>,
+    clock: Clock,
+}
+
+impl Start {
+    fn run(self) {
+        let exit = self.exit();
+        self.tell(Event::Exited(exit));
+    }
+
+    fn tell(&self, event: Event) {
+        // The session may be over.
+        let _nobody_listens = self.sender.send(event);
+    }
+
+    fn exit(&self) -> Result<u8, AgentError> {
+        let Container { id, hostname, .. } = &*self.container;
+        let guest = self.agent.start_sandbox(hostname)?;
+        self.tell(Event::Guest(Box::new(guest)));
+        let (stdio, input) = self.dial().map_err(|cause| AgentError::Lost {
+            call: "open the standard streams",
+            text: cause.to_string(),
+        })?;
+        self.agent.create(id, self.container.spec.clone(), stdio)?;
+        self.tell(Event::Created);
+        self.agent.start(id)?;
+        self.tell(Event::Started);
+        if let Some(input) = input {
+            let half_close = !self.container.tty;
+            // Ends with the process: nobody can take a read of standard input back.
+            thread::spawn(move || {
+                stdio::input(rustix::stdio::stdin(), &input, half_close);
+            });
+        }
+        self.agent.wait(id)
+    }
+
+    /// Dials the streams that the container needs and starts the pumps of its outputs. The stream for our input is
+    /// given back: nothing of it is read before the command runs.
+    fn dial(&self) -> io::Result<(Stdio, Option<UnixStream>)> {
+        let mut stdio = Stdio::default();
+        if self.container.tty {
+            let terminal = self.stream(STDIN_ID)?;
+            stdio.stdin = STDIN_ID;
+            let input = terminal.try_clone()?;
+            self.pump(vec![("standard output", terminal)]);
+            return Ok((stdio, self.container.interactive.then_some(input)));
+        }
+        let input = match self.container.interactive {
+            true => Some(self.stream(STDIN_ID)?),
+            false => None,
+        };
+        if input.is_some() {
+            stdio.stdin = STDIN_ID;
+        }
+        stdio.stdout = STDOUT_ID;
+        stdio.stderr = STDERR_ID;
+        let (out, err) = (self.stream(STDOUT_ID)?, self.stream(STDERR_ID)?);
+        self.pump(vec![("standard output", out), ("standard error", err)]);
+        Ok((stdio, input))
+    }
+
+    fn stream(&self, stream_id: u64) -> io::Result<UnixStream> {
+        let stream = self.owner.connect(AGENT_STREAM_PORT)?;
+        stdio::send(&stream, &StreamHeader::Stdio { stream_id }.encode())?;
+        Ok(stream)
+    }
+
+    fn pump(&self, outputs: Vec<(&'static str, UnixStream)>) {
+        let progress: Vec<Arc<Progress>> = outputs.iter().map(|_| Arc::default()).collect();
+        self.tell(Event::Outputs(progress.clone()));
+        for ((name, stream), progress) in outputs.into_iter().zip(progress) {
+            let (sender, clock) = (self.sender.clone(), self.clock.clone());
+            thread::spawn(move || {
+                let (stdout, stderr) = (io::stdout(), io::stderr());
+                let to = match name {
+                    "standard error" => stderr.as_fd(),
+                    _ => stdout.as_fd(),
+                };
+                let first = || clock.mark(&format!("first of {name}"));
+                let end = stdio::output(&stream, to, &progress, first);
+                // The session may be over.
+                let _nobody_listens = sender.send(Event::OutputEnded(name, end));
+            });
+        }
+    }
+}
+
+/// Makes the short calls in their order.
+fn make_calls(agent: &Agent, id: &str, calls: &mpsc::Receiver<Call>, sender: &mpsc::Sender<Event>) {
+    while let Ok(call) = calls.recv() {
+        match call {
+            // Both lose the race against the command's end, and the end is what counts.
+            Call::Signal(signal) => drop(agent.signal(id, signal)),
+            Call::Resize(columns, rows) => drop(agent.resize(id, (columns, rows))),
+            Call::PowerOff => {
+                // The session may be over.
+                let _nobody_listens = sender.send(Event::PowerOff(agent.power_off()));
+            }
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The owner channel ([`capsid_protocol::vsock`]): one `SOCK_SEQPACKET` socket to the VMM, each packet with one fd.
+//! What the VMM sends is hostile: a packet that was not expected is closed and forgotten.
+
+use capsid_protocol::vsock::OwnerMessage;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How long a VMM may leave a packet of ours unread, in ms.
+const SEND_TIMEOUT_MS: u64 = 10_000;
+
+/// Our end.
+#[derive(Clone, Debug)]
+pub(crate) struct Owner(Arc<OwnedFd>);
+
+impl Owner {
+    /// Both ends: ours and the VMM's.
+    ///
+    /// # Errors
+    /// The kernel gave no sockets.
+    pub(crate) fn pair() -> io::Result<(Owner, OwnedFd)> {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let timeout = Duration::from_millis(SEND_TIMEOUT_MS);
+        set_socket_timeout(&ours, Timeout::Send, Some(timeout))?;
+        Ok((Owner(Arc::new(ours)), theirs))
+    }
+
+    /// Connects to a port of the guest. A guest that refuses shows as the end of the stream before its first byte.
+    ///
+    /// # Errors
+    /// The VMM is gone or does not take packets.
+    pub(crate) fn connect(&self, port: u32) -> io::Result<UnixStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        let packet = OwnerMessage::Connect { port }.encode();
+        let fds = [theirs.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !control.push(SendAncillaryMessage::ScmRights(&fds)) {
+            return Err(io::Error::other("the control message does not fit"));
+        }
+        let sent = sendmsg(
+            &*self.0,
+            &[IoSlice::new(&packet)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )?;
+        match sent {
+            OwnerMessage::BYTES => Ok(ours),
+            _ => Err(io::ErrorKind::WriteZero.into()),
+        }
+    }
+
+    /// Waits for the next connection that the guest has made to a listed port; `None` when the VMM is gone. Packets
+    /// that are none are dropped.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(crate) fn accept(&self) -> io::Result<Option<(u32, OwnedFd)>> {
+        loop {
+            // One byte more than a packet, so that a longer one is seen as such.
+            let mut packet = [0u8; OwnerMessage::BYTES + 1];
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = RecvAncillaryBuffer::new(&mut space);
+            let mut buffers = [IoSliceMut::new(&mut packet)];
+            let received = recvmsg(
+                &*self.0,
+                &mut buffers,
+                &mut control,
+                RecvFlags::CMSG_CLOEXEC,
+            );
+            let length = match received {
+                Ok(received) => received.bytes,
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(rustix::io::Errno::CONNRESET) => return Ok(None),
+                Err(error) => return Err(error.into()),
+            };
+            // Every fd is taken out, so that those nobody wants are closed.
+            let mut fds: Vec<OwnedFd> = Vec::new();
+            for message in control.drain() {
+                if let RecvAncillaryMessage::ScmRights(received) = message {
+                    fds.extend(received);
+                }
+            }
+            if length == 0 {
+                return Ok(None);
+            }
+            let message = OwnerMessage::decode(packet.get(..length).unwrap_or_default());
+            if let (Ok(OwnerMessage::Accepted { port }), Some(fd)) = (message, fds.pop()) {
+                return Ok(Some((port, fd)));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+
+    fn send(to: &OwnedFd, packet: &[u8], fds: &[&UnixStream]) {
+        let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() {
+            assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+        }
+        sendmsg(
+            to,
+            &[IoSlice::new(packet)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        )
+        .expect("sent");
+    }
+
+    #[test]
+    fn a_connection_of_the_guest_comes_with_its_port_and_fd() {
+        let (owner, vmm) = Owner::pair().expect("sockets");
+        let (mut ours, theirs) = UnixStream::pair().expect("sockets");
+        send(
+            &vmm,
+            &OwnerMessage::Accepted { port: 1024 }.encode(),
+            &[&theirs],
+        );
+        drop(theirs);
+        let (port, fd) = owner.accept().expect("received").expect("a connection");
+        assert_eq!(port, 1024);
+        UnixStream::from(fd).write_all(b"x").expect("connected");
+        let mut byte = [0];
+        ours.read_exact(&mut byte).expect("connected");
+    }
+
+    #[test]
+    fn what_is_no_message_is_dropped_with_its_fd() {
+        let (owner, vmm) = Owner::pair().expect("sockets");
+        let (mut ours, theirs) = UnixStream::pair().expect("sockets");
+        send(&vmm, b"too short", &[&theirs]);
+        send(
+            &vmm,
+            &OwnerMessage::Connect { port: 1 }.encode(),
+            &[&theirs],
+        );
+        send(&vmm, &OwnerMessage::Accepted { port: 1 }.encode(), &[]);
+        drop((vmm, theirs));
+        assert!(owner.accept().expect("received").is_none());
+        let mut byte = [0];
+        assert_eq!(ours.read(&mut byte).expect("closed"), 0);
+    }
+
+    #[test]
+    fn connecting_to_a_vmm_that_is_gone_is_an_error() {
+        let (owner, vmm) = Owner::pair().expect("sockets");
+        drop(vmm);
+        assert!(owner.connect(1025).is_err());
+    }
+}
