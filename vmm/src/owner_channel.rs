@@ -77,7 +77,12 @@ enum BadMessage {
 
 /// What came of one look at the channel.
 enum Received {
-    Connect { port: u32, host: OwnedFd },
+    Connect {
+        port: u32,
+        host: OwnedFd,
+    },
+    /// A message whose fd found no place in this process: it is closed, as for any refusal.
+    NoRoom,
     NothingYet,
     Closed,
     Bad(BadMessage),
@@ -226,6 +231,7 @@ impl Subscriber for Listener {
                     let _ = self.vsock.connect(port, host);
                     continue;
                 }
+                Received::NoRoom => continue,
                 Received::NothingYet => return,
                 Received::Closed => End::new(
                     VmmExit::OwnerGone,
@@ -280,7 +286,11 @@ fn receive(socket: &OwnedFd) -> Received {
     if message.flags.contains(ReturnFlags::TRUNC) {
         return Received::Bad(BadMessage::TooLong);
     }
-    let count = fds.len() + usize::from(message.flags.contains(ReturnFlags::CTRUNC));
+    let cut = message.flags.contains(ReturnFlags::CTRUNC);
+    if cut && fds.is_empty() {
+        return Received::NoRoom;
+    }
+    let count = fds.len() + usize::from(cut);
     let decoded = OwnerMessage::decode(packet.get(..message.bytes).unwrap_or_default());
     match (decoded, fds.pop()) {
         (Err(error), _) => Received::Bad(error.into()),

@@ -4,4 +4,5 @@
 mod guests;
 mod harness;
 mod jail;
+mod owner;
 mod refusals;

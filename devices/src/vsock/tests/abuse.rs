@@ -84,8 +84,20 @@ fn a_host_that_never_reads_costs_a_bounded_number_of_wake_ups() {
     assert_eq!(calls_when_left_alone(&mut guest), 0);
 }
 
+/// As many fds as this process may have at all.
+fn raise_fd_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: limit.maximum,
+        ..limit
+    };
+    setrlimit(Resource::Nofile, all).expect("the hard limit may be used up");
+}
+
 #[test]
 fn one_connection_too_many_is_reset_and_one_less_is_not() {
+    raise_fd_limit();
     let mut guest = Guest::new(256);
     guest.refill(64);
     let mut hosts = Vec::new();

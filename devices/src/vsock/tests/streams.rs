@@ -1,6 +1,7 @@
 //! Data: both ways, both makers of a connection, credit, many connections at once.
 
 use super::guest::*;
+use crate::testing::Buffer;
 use std::io::Write;
 
 const MIB: usize = 1 << 20;
@@ -287,7 +288,6 @@ fn many_packets_make_few_interrupts() {
 
 #[test]
 fn bytes_are_conserved_when_headers_and_payloads_are_cut_anywhere() {
-    use crate::testing::Buffer;
     let mut guest = Guest::new(256);
     guest.refill(16);
     let mut host = guest.dial(1024, 7);
@@ -316,4 +316,74 @@ fn bytes_are_conserved_when_headers_and_payloads_are_cut_anywhere() {
         let answer = guest.take().expect("an answer");
         assert_eq!((answer.op, answer.dst_port), (RST, cut));
     }
+}
+
+/// Time that the device takes for 256 MiB each way, without that of the driver and the host's program:
+/// `cargo test --release -p capsid-devices --lib -- --ignored --nocapture device_time`.
+#[test]
+#[ignore = "a measurement, not a check"]
+fn device_time_of_bulk_data() {
+    use std::time::{Duration, Instant};
+    const LENGTH: usize = 256 * MIB;
+    let mut guest = Guest::new(3776);
+    guest.refill(128);
+    let mut host = guest.dial(1024, 7);
+    let timed = |guest: &mut Guest, busy: &mut Duration| {
+        let start = Instant::now();
+        while guest.poller.turn(Some(Duration::ZERO)).unwrap() > 0 {}
+        *busy += start.elapsed();
+    };
+    let block = vec![1; 64 * 1024];
+    let (mut busy, mut received, mut turns) = (Duration::ZERO, 0, 0);
+    while received < LENGTH {
+        let _ = host.write(&block);
+        timed(&mut guest, &mut busy);
+        turns += 1;
+        while let Some(packet) = guest.take() {
+            received += packet.payload.len();
+            guest.refill(1);
+        }
+        guest.driver.add(
+            TX,
+            &[Buffer::Readable(
+                &Wire {
+                    fwd_cnt: received as u32,
+                    ..Wire::new(CREDIT_UPDATE, 1024, 7)
+                }
+                .header(),
+            )],
+        );
+        guest.driver.kick(TX);
+        timed(&mut guest, &mut busy);
+        while guest.driver.used(TX).is_some() {}
+    }
+    report("to the guest", received, turns, busy);
+    let packet = Wire::data(1024, 7, &block);
+    let header = packet.header();
+    let (mut busy, mut sent, mut turns) = (Duration::ZERO, 0, 0);
+    while sent < LENGTH {
+        let buffers = [Buffer::Readable(&header), Buffer::Readable(&packet.payload)];
+        guest.driver.add(TX, &buffers);
+        guest.driver.kick(TX);
+        timed(&mut guest, &mut busy);
+        turns += 1;
+        sent += block.len();
+        while guest.driver.used(TX).is_some() {}
+        while guest.take().is_some() {
+            guest.refill(1);
+        }
+        let (bytes, _) = read_now(&mut host);
+        assert_eq!(bytes.len(), block.len());
+    }
+    report("to the host", sent, turns, busy);
+}
+
+fn report(way: &str, bytes: usize, turns: usize, busy: std::time::Duration) {
+    let seconds = busy.as_secs_f64();
+    let mib = bytes as f64 / MIB as f64;
+    let each = seconds * 1e6 / turns as f64;
+    println!(
+        "{way}: {:.0} MiB/s, {each:.1} us for each 64 KiB",
+        mib / seconds
+    );
 }
