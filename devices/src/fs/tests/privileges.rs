@@ -2,7 +2,9 @@
 
 use super::super::abi::fattr;
 use super::*;
-use rustix::mount::{MountFlags, MountPropagationFlags, mount_bind, mount_change, mount_remount};
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, mount, mount_bind, mount_change, mount_remount,
+};
 use rustix::thread::UnshareFlags;
 
 /// A tree with `rw` and, read-only, `ro` in it, made where no host mount is left behind.
@@ -232,4 +234,84 @@ fn a_share_that_cannot_be_is_refused_with_a_reason() {
         &dir.0,
     );
     assert!(text.contains("seal a file-system thread"), "{text}");
+}
+
+/// What containerd's snapshotter gives: an overlay, whose files move from the lower to the upper layer when
+/// they are first written.
+fn overlay_tree(dir: &Dir) -> OwnedFd {
+    for sub in ["lower/sub", "upper", "work", "merged"] {
+        std::fs::create_dir_all(dir.path(sub)).unwrap();
+    }
+    dir.write("lower/file", b"from the image");
+    dir.write("lower/sub/other", b"x");
+    dir.write("lower/removed", b"x");
+    let base = dir.0.clone();
+    std::thread::spawn(move || {
+        unshare(UnshareFlags::FS | UnshareFlags::NEWNS).unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).unwrap();
+        let options = format!(
+            "lowerdir={0}/lower,upperdir={0}/upper,workdir={0}/work",
+            base.display()
+        );
+        let options = std::ffi::CString::new(options).unwrap();
+        let merged = base.join("merged");
+        mount(
+            "overlay",
+            &merged,
+            "overlay",
+            MountFlags::empty(),
+            &*options,
+        )
+        .unwrap();
+        tree_of(&merged)
+    })
+    .join()
+    .unwrap()
+}
+
+#[test]
+fn a_file_of_an_overlay_stays_the_same_node_when_it_is_copied_up() {
+    needs_root!();
+    let filesystems = std::fs::read_to_string("/proc/filesystems").unwrap();
+    if !filesystems.contains("\toverlay") {
+        eprintln!("SKIPPED: {}: this kernel has no overlayfs", module_path!());
+        return;
+    }
+    let dir = Dir::new();
+    let mut guest = Guest::new(setup(overlay_tree(&dir)));
+    guest.init();
+    let file = guest.lookup(1, "file").unwrap();
+    let other = guest.walk("sub/other").unwrap();
+    let before = guest.open(file.node, libc::O_RDONLY).unwrap();
+    let fh = guest.open(file.node, libc::O_RDWR).unwrap();
+    guest.write(file.node, fh, 0, b"FROM").unwrap();
+    assert_eq!(dir.read("upper/file"), b"FROM the image");
+    assert_eq!(dir.read("lower/file"), b"from the image");
+    assert_eq!(guest.getattr(file.node).unwrap().ino, file.ino);
+    assert_eq!(guest.lookup(1, "file").unwrap().node, file.node);
+    assert_eq!(guest.read(file.node, fh, 0, 4).unwrap(), b"FROM");
+    guest.release(opcode::RELEASE, file.node, before).unwrap();
+    let args = setattr_args(fattr::MODE, 0, 0, 0o600, (0, 0));
+    guest.ask(opcode::SETATTR, other.node, &args, 104).unwrap();
+    assert_eq!(
+        guest.getattr(other.node).unwrap().mode,
+        libc::S_IFREG | 0o600
+    );
+    assert_eq!(guest.walk("sub/other").unwrap().node, other.node);
+    // A removal leaves a whiteout in the upper layer, for which the host's kernel needs no privilege of ours.
+    let removed = guest.lookup(1, "removed").unwrap();
+    assert_eq!(
+        guest.ask(opcode::UNLINK, 1, &name("removed"), 0),
+        Ok(vec![])
+    );
+    assert_eq!(guest.lookup(1, "removed").unwrap_err(), libc::ENOENT);
+    assert_eq!(guest.getattr(removed.node).unwrap().ino, removed.ino);
+    guest.rename((1, "sub"), (1, "moved"), 0).map_or_else(
+        // Without redirect_dir overlayfs refuses to rename a directory of the lower layer, and says so.
+        |errno| assert_eq!(errno, libc::EXDEV),
+        |()| assert_eq!(guest.getattr(other.node).unwrap().ino, other.ino),
+    );
+    let listed = guest.list(1, true, 4096).unwrap();
+    assert_eq!(listed.len(), 2 + 2, "{listed:?}");
 }
