@@ -116,6 +116,8 @@ pub(crate) const WRITE_CACHE: u32 = 1;
 pub(crate) const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 /// FSYNC: only data.
 pub(crate) const FSYNC_FDATASYNC: u32 = 1;
+/// OPEN reply: do not throw away what is cached of the file.
+pub(crate) const FOPEN_KEEP_CACHE: u32 = 1 << 1;
 /// OPEN reply: no FLUSH at close.
 pub(crate) const FOPEN_NOFLUSH: u32 = 1 << 5;
 /// Attribute flag: a mount on the host starts at this directory.

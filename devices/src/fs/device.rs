@@ -5,6 +5,7 @@ use super::server::Server;
 use super::session::FdBudget;
 use super::threads::Pool;
 use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
+use nix::sys::signal::SigSet;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, mpsc};
@@ -152,9 +153,6 @@ pub fn spawn_share_threads(setup: ShareSetup) -> Result<VirtioFs, ShareError> {
             Ok(Report::Ready) => ready += 1,
             Ok(Report::Confined(pool, threads)) => share = Some((pool, threads)),
             Ok(Report::Failed(error)) => {
-                if let Some((pool, _)) = share {
-                    pool.exit();
-                }
                 return Err(error.of(tag));
             }
             // Every sender is gone, and with it every thread that had not reported.
@@ -239,6 +237,9 @@ fn lead(
 fn work(pool: &Arc<Pool>, fds: &OwnedFd, seal: &Seal, report: mpsc::Sender<Report>) {
     let _alive = pool.alive();
     let sealed = || -> Result<(), ThreadError> {
+        // The VMM's handlers are for its other threads; here their system calls would be forbidden ones.
+        let blocked = SigSet::all().thread_block();
+        blocked.map_err(|errno| ThreadError::Io("block signals", errno.into()))?;
         own_working_directory(fds.as_fd())?;
         seal().map_err(|cause| ThreadError::Io("seal a file-system thread", cause))
     };
@@ -249,6 +250,8 @@ fn work(pool: &Arc<Pool>, fds: &OwnedFd, seal: &Seal, report: mpsc::Sender<Repor
             pool.run();
         }
         Err(error) => {
+            // The caller may not know the pool yet.
+            pool.exit();
             let _caller_gone = report.send(Report::Failed(error));
         }
     }

@@ -31,10 +31,8 @@ impl Session {
         // Unknown until this is done; an early return makes the next request seek.
         *position = None;
         let room = room.min(ENTRIES_MAX_BYTES);
-        let buffer = scratch
-            .entries
-            .get_mut(..entries_bytes(room))
-            .ok_or(Errno::INVAL)?;
+        let buffer = scratch.entries.spare_capacity_mut();
+        let buffer = buffer.get_mut(..entries_bytes(room)).ok_or(Errno::INVAL)?;
         let mut entries = RawDir::new(&file.fd, buffer);
         let out = &mut scratch.reply;
         let mut full = false;

@@ -4,18 +4,24 @@ use super::abi::{self, Put};
 use super::credentials::{Creator, without_fsetid};
 use super::guest_io::Buffers;
 use super::names::permissions;
+use super::nodes::Stamp;
 use super::request::{Header, Op, Span};
 use super::session::{OpenFile, Served, Session, open_new, stat_at};
-use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom};
+use rustix::fs::{FallocateFlags, Mode, OFlags, SeekFrom, Statx};
 use rustix::io::Errno;
 use rustix::path::DecInt;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 /// Most bytes that one COPY_FILE_RANGE copies; the guest asks again for the rest. It bounds how long one
 /// request keeps its thread.
 const COPY_MAX_BYTES: u64 = 16 << 20;
+
+/// How long ago a file's last change must be before its time tells that nothing changed since, ms. The
+/// coarsest clocks of file systems tick every two seconds.
+const SETTLE_MS: u64 = 2000;
 
 /// The open flags that mean something to the host. O_APPEND is done per write, O_DIRECT stays in the guest
 /// (the host's alignment rules are not the guest's), O_NOFOLLOW, O_PATH and the rest are ours to decide.
@@ -85,6 +91,11 @@ impl Session {
             true => without_fsetid(open)?,
             false => open()?,
         };
+        let stamp = stamp(&stat_at(fd.as_fd(), c"")?, SystemTime::now());
+        let keep = match self.table().opened(node, stamp) {
+            true => abi::FOPEN_KEEP_CACHE,
+            false => 0,
+        };
         let fh = self.add(OpenFile {
             node,
             fd,
@@ -92,7 +103,7 @@ impl Session {
             position: None,
             _permit: permit,
         });
-        put_open(out, fh, is_writable(flags));
+        put_open(out, fh, keep | at_close(is_writable(flags)));
         Ok(())
     }
 
@@ -110,7 +121,7 @@ impl Session {
             position: Some(Mutex::new(Some(0))),
             _permit: permit,
         });
-        put_open(out, fh, false);
+        put_open(out, fh, at_close(false));
         Ok(())
     }
 
@@ -148,7 +159,7 @@ impl Session {
                     position: None,
                     _permit: permit,
                 });
-                put_open(out, fh, is_writable(host));
+                put_open(out, fh, at_close(is_writable(host)));
                 Ok(())
             }
             Err(Errno::EXIST) if flags & libc::O_EXCL as u32 == 0 => {
@@ -321,9 +332,45 @@ pub(super) fn has_suidgid(fd: &OwnedFd) -> Result<bool, Errno> {
     Ok(u32::from(st.stx_mode) & (libc::S_ISUID | libc::S_ISGID) != 0)
 }
 
-fn put_open(out: &mut Vec<u8>, fh: u64, writable: bool) {
+/// What the file's content can be known by later, or nothing while a change could still leave the same
+/// time behind: file systems count time in ticks, some in seconds.
+fn stamp(st: &Statx, now: SystemTime) -> Option<Stamp> {
+    let seconds = u64::try_from(st.stx_ctime.tv_sec).ok()?;
+    let changed = UNIX_EPOCH + Duration::new(seconds, st.stx_ctime.tv_nsec);
+    let settled = now.duration_since(changed).ok()? >= Duration::from_millis(SETTLE_MS);
+    let nanos = st.stx_ctime.tv_sec.checked_mul(1_000_000_000)?;
+    settled.then_some(Stamp {
+        changed: nanos.checked_add(i64::from(st.stx_ctime.tv_nsec))?,
+        size: st.stx_size,
+    })
+}
+
+/// Nothing was written through a file that is not writable, so its close has nothing to report.
+fn at_close(writable: bool) -> u32 {
+    if writable { 0 } else { abi::FOPEN_NOFLUSH }
+}
+
+fn put_open(out: &mut Vec<u8>, fh: u64, flags: u32) {
     out.put_u64(fh);
-    // Nothing was written through a read-only file, so its close has nothing to report.
-    out.put_u32(if writable { 0 } else { abi::FOPEN_NOFLUSH });
+    out.put_u32(flags);
     out.put_u32(0);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_is_trusted_to_show_only_after_two_seconds() {
+        let path = std::env::current_exe().unwrap();
+        let file = std::fs::File::open(path).unwrap();
+        let st = stat_at(file.as_fd(), c"").unwrap();
+        let seconds = st.stx_ctime.tv_sec as u64;
+        let changed = UNIX_EPOCH + Duration::new(seconds, st.stx_ctime.tv_nsec);
+        assert_eq!(stamp(&st, changed), None);
+        assert_eq!(stamp(&st, changed - Duration::from_secs(1)), None);
+        assert_eq!(stamp(&st, changed + Duration::from_millis(1999)), None);
+        let settled = stamp(&st, changed + Duration::from_secs(2)).unwrap();
+        assert_eq!(settled.size, st.stx_size);
+    }
 }

@@ -39,8 +39,18 @@ pub(crate) struct Key {
     pub(crate) born: i64,
 }
 
+/// What a file's content was when the guest last opened it: no change leaves both as they are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    /// Time of the last change, nanoseconds.
+    pub(crate) changed: i64,
+    /// Size in bytes.
+    pub(crate) size: u64,
+}
+
 struct Node {
     key: Key,
+    opened: Option<Stamp>,
     /// How often the guest looked it up and did not forget.
     lookups: u64,
     /// How many nodes name this one as their parent.
@@ -89,6 +99,7 @@ impl NodeTable {
     pub(crate) fn new(root: Arc<OwnedFd>, key: Key, open_max: usize) -> NodeTable {
         let node = Node {
             key,
+            opened: None,
             lookups: 1,
             children: 0,
             parent: ROOT_ID,
@@ -196,6 +207,7 @@ impl NodeTable {
             id,
             Node {
                 key,
+                opened: None,
                 lookups: 1,
                 children: 0,
                 parent,
@@ -223,6 +235,14 @@ impl NodeTable {
     /// The key of a node.
     pub(crate) fn key(&self, id: u64) -> Result<Key, Errno> {
         self.nodes.get(&id).map(|node| node.key).ok_or(Errno::STALE)
+    }
+
+    /// Notes with which content a file is opened, if that is certain; true if it was the same the last time.
+    pub(crate) fn opened(&mut self, id: u64, stamp: Option<Stamp>) -> bool {
+        match self.nodes.get_mut(&id) {
+            Some(node) => std::mem::replace(&mut node.opened, stamp) == stamp && stamp.is_some(),
+            None => false,
+        }
     }
 
     /// Notes that a node was seen as `name` in `parent`.

@@ -135,6 +135,21 @@ fn opening_and_forgetting_for_ever_does_not_grow_the_ring() {
     assert_eq!((table.open_count(), table.len()), (1, 1));
 }
 
+#[test]
+fn content_is_the_same_only_if_its_stamp_is_certain_and_equal() {
+    let mut table = table(4);
+    let file = table.enter(ROOT_ID, c"f", key(1, libc::S_IFREG)).unwrap();
+    let stamp = |changed, size| Some(Stamp { changed, size });
+    assert!(!table.opened(file, stamp(1, 1)));
+    assert!(table.opened(file, stamp(1, 1)));
+    assert!(!table.opened(file, stamp(2, 1)));
+    assert!(!table.opened(file, stamp(2, 2)));
+    assert!(!table.opened(file, None));
+    assert!(!table.opened(file, None));
+    assert!(!table.opened(file, stamp(2, 2)));
+    assert!(!table.opened(99, stamp(2, 2)));
+}
+
 #[derive(Clone, Copy, Debug)]
 enum Step {
     Enter(usize, u64),

@@ -10,7 +10,6 @@ use super::guest_io::Buffers;
 use super::request::{Header, Init, Op, REQUEST_MAX_BYTES, parse};
 use super::session::{FdBudget, Scratch, Served, Session, put_init};
 use rustix::io::Errno;
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -28,7 +27,7 @@ impl Scratch {
         Scratch {
             request: Vec::new(),
             reply: Vec::new(),
-            entries: vec![MaybeUninit::uninit(); ENTRIES_MAX_BYTES],
+            entries: Vec::with_capacity(ENTRIES_MAX_BYTES),
         }
     }
 }

@@ -15,7 +15,6 @@ use rustix::fs::{AtFlags, Mode, OFlags, ResolveFlags, Statx, StatxFlags};
 use rustix::io::Errno;
 use std::collections::HashMap;
 use std::ffi::CStr;
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
@@ -54,7 +53,8 @@ const FEATURES: u64 = abi::init::ASYNC_READ
 pub(crate) struct Scratch {
     pub(crate) request: Vec<u8>,
     pub(crate) reply: Vec<u8>,
-    pub(crate) entries: Vec<MaybeUninit<u8>>,
+    /// Only its spare capacity is used: room that nothing has touched yet.
+    pub(crate) entries: Vec<u8>,
 }
 
 /// How a request was served. The header of the reply is the caller's.

@@ -71,8 +71,4 @@ pub const FS_SYSCALLS: &[libc::c_long] = &[
     libc::SYS_restart_syscall,
     libc::SYS_sched_yield,
     libc::SYS_exit,
-    libc::SYS_rseq,
-    libc::SYS_set_robust_list,
-    libc::SYS_gettid,
-    libc::SYS_exit_group,
 ];

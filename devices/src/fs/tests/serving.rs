@@ -388,3 +388,37 @@ fn many_requests_in_flight_are_all_answered_once() {
         assert!(used.data[16..].iter().all(|byte| *byte == 7));
     }
 }
+
+/// The flags of an OPEN's reply.
+fn open_flags(guest: &mut Guest, node: u64, flags: i32) -> u32 {
+    let mut args = (flags as u32).to_le_bytes().to_vec();
+    args.put_u32(0);
+    let reply = guest.ask(opcode::OPEN, node, &args, 16).unwrap();
+    u32_at(&reply, 8)
+}
+
+#[test]
+fn what_did_not_change_stays_in_the_guests_cache() {
+    needs_root!();
+    // A file that has not changed for seconds.
+    let mut guest = Guest::new(setup(tree_of(Path::new("/etc"))));
+    guest.init();
+    let node = guest.lookup(1, "passwd").unwrap().node;
+    let (keep, no_flush) = (abi::FOPEN_KEEP_CACHE, abi::FOPEN_NOFLUSH);
+    assert_eq!(open_flags(&mut guest, node, libc::O_RDONLY), no_flush);
+    assert_eq!(
+        open_flags(&mut guest, node, libc::O_RDONLY),
+        keep | no_flush
+    );
+    assert_eq!(
+        open_flags(&mut guest, node, libc::O_RDONLY),
+        keep | no_flush
+    );
+    // One that has just changed, and might again at the same time.
+    let dir = Dir::new();
+    dir.write("new", b"x");
+    let mut guest = Guest::mounted(&dir);
+    let node = guest.lookup(1, "new").unwrap().node;
+    assert_eq!(open_flags(&mut guest, node, libc::O_RDONLY), no_flush);
+    assert_eq!(open_flags(&mut guest, node, libc::O_RDWR), 0);
+}
