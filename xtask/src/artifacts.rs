@@ -10,6 +10,9 @@ use crate::testbed::drive::Item;
 use crate::testbed::saved::Context;
 use crate::{image, initramfs, kernel};
 
+/// The guest kernel; set by the person, it is used as it is and none is built.
+const KERNEL_VARIABLE: &str = "CAPSID_KERNEL";
+
 /// One file, and the variable that tells the programs where it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Artifact {
@@ -32,10 +35,13 @@ pub struct Artifacts {
 /// # Errors
 /// A part could not be made.
 pub fn ensure(context: &Context<'_>, profile: Profile) -> Result<Artifacts, Box<dyn Error>> {
-    let kernel = kernel::ensure(context.progress, context.cache, context.workspace, None)?;
+    let vmlinux = match std::env::var_os(KERNEL_VARIABLE).filter(|value| !value.is_empty()) {
+        Some(path) => PathBuf::from(path),
+        None => kernel::ensure(context.progress, context.cache, context.workspace, None)?.vmlinux(),
+    };
     let image = image::ensure(context)?;
     let mut artifacts = Artifacts::default();
-    artifacts.add(Some("CAPSID_KERNEL"), kernel.vmlinux(), "share/vmlinux");
+    artifacts.add(Some(KERNEL_VARIABLE), vmlinux, "share/vmlinux");
     artifacts.add(Some("CAPSID_TEST_IMAGE"), image, "share/busybox.tar");
     let built = programs::build(
         context.progress,

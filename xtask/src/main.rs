@@ -11,6 +11,7 @@ use xtask::testbed::{self, Testbed};
 use xtask::{deps, interrupt, kernel, run, test};
 
 /// Build, run and test Capsid. Whatever takes long is kept in /var/cache/capsid (CAPSID_CACHE names another place).
+/// CAPSID_KERNEL names a guest kernel to use instead of building ours.
 #[derive(Debug, Parser)]
 #[command(bin_name = "cargo xtask", version, arg_required_else_help = true)]
 struct Arguments {
