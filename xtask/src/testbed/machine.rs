@@ -179,88 +179,76 @@ pub fn arguments(
     console: &Path,
     [door, qmp]: &[String; 2],
 ) -> Vec<String> {
-    let of = |path: &Path| escaped(path);
-    let (accelerator, processors) = match mode {
-        Mode::Plain => (["-accel", "tcg,thread=multi"].as_slice(), "2"),
-        Mode::Metered => (
-            [
-                "-accel",
-                "tcg,thread=single",
-                "-icount",
-                "shift=0,sleep=off",
-            ]
-            .as_slice(),
-            "1",
-        ),
+    let (processors, accelerator) = match mode {
+        Mode::Plain => (2, "-accel tcg,thread=multi"),
+        Mode::Metered => (1, "-accel tcg,thread=single -icount shift=0,sleep=off"),
     };
     let (sharing, keeping, incoming) = match start {
-        Start::Boot => ("share=on", "", [].as_slice()),
+        Start::Boot => ("share=on", "", ""),
         Start::Resume => (
             "share=off,readonly=on,rom=off",
             ",snapshot=on",
-            ["-incoming", "defer"].as_slice(),
+            "-incoming defer",
         ),
     };
-    let mut all: Vec<String> = Vec::new();
-    let mut add = |words: &[&str]| all.extend(words.iter().map(|word| (*word).to_owned()));
-    add(&[
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]);
-    add(&[
-        "-machine",
-        "q35,memory-backend=memory",
-        "-cpu",
-        "max",
-        "-smp",
-        processors,
-    ]);
-    add(accelerator);
-    add(&["-m", &MEMORY_MIB.to_string()]);
-    let memory = of(&files.memory);
-    add(&[
+    let (memory, root, programs) = (
+        escaped(&files.memory),
+        escaped(&files.root),
+        escaped(&files.programs),
+    );
+    let mut line = Line::default();
+    line.words("-nodefaults -no-user-config -display none -no-reboot");
+    line.words(&format!("-machine q35,memory-backend=memory -cpu max -smp {processors} {accelerator} -m {MEMORY_MIB}"));
+    let size = format!("size={MEMORY_MIB}M");
+    line.pair(
         "-object",
-        &format!("memory-backend-file,id=memory,size={MEMORY_MIB}M,mem-path={memory},{sharing}"),
-    ]);
-    add(&[
-        "-kernel",
-        &files.kernel.to_string_lossy(),
-        "-initrd",
-        &files.initrd.to_string_lossy(),
-    ]);
-    add(&["-append", KERNEL_COMMAND_LINE]);
-    add(&[
+        format!("memory-backend-file,id=memory,{size},mem-path={memory},{sharing}"),
+    );
+    line.pair("-kernel", files.kernel.to_string_lossy());
+    line.pair("-initrd", files.initrd.to_string_lossy());
+    line.pair("-append", KERNEL_COMMAND_LINE);
+    line.pair(
         "-chardev",
-        &format!("file,id=console,path={}", of(console)),
-        "-serial",
-        "chardev:console",
-    ]);
-    let root = of(&files.root);
-    add(&[
+        format!("file,id=console,path={}", escaped(console)),
+    );
+    line.words("-serial chardev:console");
+    let throw_away = format!("cache=unsafe,discard=unmap{keeping}");
+    line.pair(
         "-drive",
-        &format!("file={root},format=raw,if=none,id=root,cache=unsafe,discard=unmap{keeping}"),
-    ]);
-    add(&["-device", "virtio-blk-pci,drive=root"]);
-    let programs = of(&files.programs);
-    add(&[
+        format!("file={root},format=raw,if=none,id=root,{throw_away}"),
+    );
+    line.words("-device virtio-blk-pci,drive=root");
+    line.pair(
         "-drive",
-        &format!("file={programs},format=raw,if=none,id=programs,readonly=on"),
-    ]);
-    add(&["-device", "virtio-blk-pci,drive=programs"]);
-    add(&["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
-    add(&["-chardev", &format!("socket,id=door,fd={door}")]);
-    add(&["-device", "virtserialport,chardev=door,name=capsid.door"]);
-    add(&[
-        "-chardev",
-        &format!("socket,id=qmp,fd={qmp}"),
-        "-mon",
-        "chardev=qmp,mode=control",
-    ]);
-    add(incoming);
-    all
+        format!("file={programs},format=raw,if=none,id=programs,readonly=on"),
+    );
+    line.words(
+        "-device virtio-blk-pci,drive=programs -device virtio-rng-pci -device virtio-serial-pci",
+    );
+    line.words(&format!(
+        "-chardev socket,id=door,fd={door} -device virtserialport,chardev=door,name=capsid.door"
+    ));
+    line.words(&format!(
+        "-chardev socket,id=qmp,fd={qmp} -mon chardev=qmp,mode=control"
+    ));
+    line.words(incoming);
+    line.0
+}
+
+/// A command line being put together.
+#[derive(Default)]
+struct Line(Vec<String>);
+
+impl Line {
+    /// Words without a space in any of them.
+    fn words(&mut self, text: &str) {
+        self.0.extend(text.split_whitespace().map(str::to_owned));
+    }
+
+    /// An option and its value, which may hold anything.
+    fn pair(&mut self, option: &str, value: impl Into<String>) {
+        self.0.extend([option.to_owned(), value.into()]);
+    }
 }
 
 /// The emulated processor leaks nothing to speculate about, and the inode tables need no zeroing: both only take time.

@@ -292,3 +292,214 @@ impl Credit {
         *left = left.saturating_sub(u32::try_from(bytes).unwrap_or(u32::MAX));
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc::RecvTimeoutError;
+
+    /// Long enough for any machine; a test that needs it has failed.
+    const TEST_TIMEOUT: Duration = Duration::from_secs(60);
+
+    /// What a command printed.
+    #[derive(Clone, Default)]
+    struct Kept(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Kept {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().expect("kept").extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// A reader that nobody listens to any more.
+    struct Gone;
+
+    impl Write for Gone {
+        fn write(&mut self, _: &[u8]) -> io::Result<usize> {
+            Err(io::Error::from(io::ErrorKind::BrokenPipe))
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn run_of(word: &str) -> Run {
+        let words = vec![word.as_bytes().to_vec()];
+        Run {
+            clock_ns: 0,
+            terminal: None,
+            words,
+            variables: Vec::new(),
+            copies: Vec::new(),
+        }
+    }
+
+    /// The inside end, as a script of frames.
+    struct Door {
+        socket: UnixStream,
+        decoder: Decoder,
+    }
+
+    impl Door {
+        fn next(&mut self) -> Frame {
+            let mut bytes = vec![0; 4096];
+            loop {
+                if let Some(frame) = self.decoder.next_frame().expect("well formed") {
+                    return frame;
+                }
+                let length = self.socket.read(&mut bytes).expect("read");
+                assert!(length > 0, "the session hung up");
+                self.decoder.push(&bytes[..length]);
+            }
+        }
+
+        fn wait_for_the_end(&mut self) {
+            let mut bytes = [0; 64];
+            while self.socket.read(&mut bytes).is_ok_and(|length| length > 0) {}
+        }
+
+        fn say(&mut self, frame: &Frame) {
+            self.socket.write_all(&frame.encode()).expect("write");
+        }
+    }
+
+    /// Runs a session against a scripted door; returns its end and what it printed.
+    fn session(
+        input: &'static [u8],
+        limit: Option<Duration>,
+        out: Box<dyn Write + Send>,
+        script: impl FnOnce(&mut Door) + Send + 'static,
+    ) -> Result<u8, SessionError> {
+        let (ours, theirs) = UnixStream::pair().expect("pair");
+        theirs
+            .set_read_timeout(Some(TEST_TIMEOUT))
+            .expect("timeout");
+        let door = std::thread::spawn(move || {
+            let mut door = Door {
+                socket: theirs,
+                decoder: Decoder::default(),
+            };
+            script(&mut door);
+        });
+        let outputs = Outputs {
+            out,
+            err: Box::new(io::sink()),
+        };
+        let (_, silent) = channel();
+        let signals = Taken { signals: silent };
+        let code = carry(&ours, run_of("x"), Some(input), outputs, signals, limit);
+        // Threads of the session still hold the socket.
+        ours.shutdown(std::net::Shutdown::Both).expect("shut");
+        door.join().expect("the script went through");
+        code
+    }
+
+    #[test]
+    fn output_and_exit_code_come_out() {
+        let kept = Kept::default();
+        let code = session(b"", None, Box::new(kept.clone()), |door| {
+            assert_eq!(door.next(), Frame::Run(run_of("x")));
+            door.say(&Frame::Data(Stream::Out, b"hello".to_vec()));
+            door.say(&Frame::Exit(7));
+        });
+        assert_eq!(code.expect("ended"), 7);
+        assert_eq!(kept.0.lock().expect("kept").as_slice(), b"hello");
+    }
+
+    #[test]
+    fn input_goes_in_and_ends() {
+        let code = session(b"abc", None, Box::new(io::sink()), |door| {
+            assert_eq!(door.next(), Frame::Run(run_of("x")));
+            assert_eq!(door.next(), Frame::Data(Stream::In, b"abc".to_vec()));
+            assert_eq!(door.next(), Frame::Closed(Stream::In));
+            door.say(&Frame::Exit(0));
+        });
+        assert_eq!(code.expect("ended"), 0);
+    }
+
+    #[test]
+    fn input_stops_at_the_window_until_credit_comes() {
+        static INPUT: [u8; 2 * WINDOW_BYTES as usize] = [7; 2 * WINDOW_BYTES as usize];
+        let code = session(&INPUT, None, Box::new(io::sink()), |door| {
+            assert_eq!(door.next(), Frame::Run(run_of("x")));
+            let mut got = 0;
+            while got < WINDOW_BYTES as usize {
+                let Frame::Data(Stream::In, bytes) = door.next() else {
+                    panic!("not data")
+                };
+                got += bytes.len();
+            }
+            assert_eq!(got, WINDOW_BYTES as usize);
+            door.say(&Frame::Credit(Stream::In, 5));
+            let Frame::Data(Stream::In, bytes) = door.next() else {
+                panic!("not data")
+            };
+            assert_eq!(bytes.len(), 5);
+            door.say(&Frame::Exit(0));
+        });
+        assert_eq!(code.expect("ended"), 0);
+    }
+
+    #[test]
+    fn output_that_nobody_reads_is_told_to_the_command() {
+        let code = session(b"", None, Box::new(Gone), |door| {
+            door.say(&Frame::Data(Stream::Out, b"y".to_vec()));
+            while door.next() != Frame::Closed(Stream::Out) {}
+            door.say(&Frame::Exit(141));
+        });
+        assert_eq!(code.expect("ended"), 141);
+    }
+
+    #[test]
+    fn a_machine_that_goes_down_is_no_exit_code() {
+        let code = session(b"", None, Box::new(io::sink()), |door| {
+            door.next();
+            door.socket
+                .shutdown(std::net::Shutdown::Both)
+                .expect("shut");
+        });
+        assert!(matches!(code, Err(SessionError::Gone(_))), "{code:?}");
+    }
+
+    #[test]
+    fn a_command_over_its_limit_is_given_up() {
+        let code = session(
+            b"",
+            Some(Duration::from_millis(50)),
+            Box::new(io::sink()),
+            |door| {
+                door.next();
+                // Silent until it is given up on.
+                door.wait_for_the_end();
+            },
+        );
+        assert_eq!(code.expect("given up"), TIMED_OUT);
+    }
+
+    #[test]
+    fn the_third_signal_gives_up() {
+        let (sender, inbox) = channel();
+        let (outbox, frames) = channel();
+        for _ in 0..SIGNALS_MAX {
+            sender.send(Event::Signal(2)).expect("sent");
+        }
+        let code = wait(
+            &inbox,
+            &outbox,
+            &Credit::default(),
+            &mut HashMap::new(),
+            None,
+        );
+        assert_eq!(code.expect("given up"), 130);
+        let frames: Vec<Frame> = frames.try_iter().collect();
+        assert_eq!(frames, vec![Frame::Signal(2); SIGNALS_MAX as usize - 1]);
+        assert!(matches!(
+            inbox.recv_timeout(Duration::ZERO),
+            Err(RecvTimeoutError::Timeout)
+        ));
+    }
+}
