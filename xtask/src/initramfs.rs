@@ -9,9 +9,13 @@ use std::path::{Path, PathBuf};
 /// What the kernel takes from an entry.
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
-const CONSOLE: u32 = 0o020_600;
-/// `/dev/console` (Documentation/admin-guide/devices.txt): the kernel opens it for init before init can make it.
-const CONSOLE_NUMBERS: (u32, u32) = (5, 1);
+/// Devices that must be there before the agent can mount anything, with mode and numbers
+/// (Documentation/admin-guide/devices.txt). The kernel opens the console for init. Where there is none, init starts with
+/// descriptors 0 to 2 closed; Rust's runtime then opens /dev/null in their place, and aborts if it cannot.
+const DEVICES: [(&str, u32, (u32, u32)); 2] = [
+    ("dev/console", 0o020_600, (5, 1)),
+    ("dev/null", 0o020_666, (1, 3)),
+];
 /// newc without a checksum.
 const MAGIC: &str = "070701";
 const TRAILER: &str = "TRAILER!!!";
@@ -72,7 +76,9 @@ pub fn archive(program: &[u8]) -> Option<Vec<u8>> {
     for directory in DIRECTORIES {
         archive.add(directory, DIRECTORY, (0, 0), &[])?;
     }
-    archive.add("dev/console", CONSOLE, CONSOLE_NUMBERS, &[])?;
+    for (device, mode, numbers) in DEVICES {
+        archive.add(device, mode, numbers, &[])?;
+    }
     archive.add("init", PROGRAM, (0, 0), program)?;
     archive.add(TRAILER, 0, (0, 0), &[])?;
     Some(archive.bytes)
@@ -151,7 +157,7 @@ mod tests {
             .enumerate()
             .filter(|(_, window)| window == &MAGIC.as_bytes());
         let places: Vec<usize> = magics.map(|(place, _)| place).collect();
-        assert_eq!(places.len(), DIRECTORIES.len() + 3);
+        assert_eq!(places.len(), DIRECTORIES.len() + DEVICES.len() + 2);
         assert!(
             places.iter().all(|place| place % ALIGN_BYTES == 0),
             "{places:?}"
@@ -184,7 +190,7 @@ mod tests {
         }
         assert_eq!(
             String::from_utf8_lossy(&names),
-            "dev\nproc\nrun\nsys\ntmp\ndev/console\ninit\n"
+            "dev\nproc\nrun\nsys\ntmp\ndev/console\ndev/null\ninit\n"
         );
     }
 }
