@@ -108,9 +108,13 @@ impl Process {
     /// Starts watching a new process: its exit, then the end of its outputs.
     ///
     /// # Errors
-    /// Its stdio cannot be polled. The process is the caller's to kill then.
+    /// Its stdio cannot be polled; the process is killed then.
     pub fn adopt(launched: Launched, stdio: Stdio) -> io::Result<(Process, OwnedFd)> {
-        let mut copies = stdio.start(launched.master)?;
+        let started = stdio.start(launched.master).inspect_err(|_| {
+            // ESRCH: it has ended by itself.
+            let _ = pidfd_send_signal(&launched.pidfd, Signal::KILL);
+        });
+        let mut copies = started?;
         let (tell_exited, exited) = watch::channel(None);
         let (tell_finished, finished) = watch::channel(None);
         let (stdin, terminal) = (copies.stdin_closer(), copies.terminal());

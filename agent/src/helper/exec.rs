@@ -32,6 +32,9 @@ struct Plan {
     seccomp: Option<LinuxSeccomp>,
     fds: ProcessFds,
     console: Option<OwnedFd>,
+    /// The container's init, if its cgroup namespace is to be entered. By the child, in whose cgroup it
+    /// is rooted: with `nsdelegate` nobody may be born across the edge of the namespace he is in.
+    cgroup_namespace_of: Option<OwnedFd>,
 }
 
 /// Starts the process; answers its pid. What goes wrong after its birth it reports itself.
@@ -58,15 +61,19 @@ pub(super) fn exec(
     let (master_side, console) = console(process.terminal().unwrap_or(false))
         .map_err(io_error("making the console socket"))?;
     let linux = spec.linux().as_ref();
+    let namespaces = namespaces(&spec);
+    let own_cgroup = namespaces.contains(CloneFlags::CLONE_NEWCGROUP);
+    let cgroup_namespace_of = own_cgroup.then(|| init.try_clone()).transpose();
     let plan = Plan {
         process,
         seccomp: linux.and_then(|linux| linux.seccomp().clone()),
         fds,
         console,
+        cgroup_namespace_of: cgroup_namespace_of.map_err(io_error("copying a descriptor"))?,
     };
     // Joined processes must not be able to read this one (CVE-2016-9962).
     nix::sys::prctl::set_dumpable(false).map_err(|e| io_error("becoming undumpable")(e.into()))?;
-    setns(&init, namespaces(&spec))
+    setns(&init, namespaces - CloneFlags::CLONE_NEWCGROUP)
         .map_err(|e| io_error("entering the container's namespaces")(e.into()))?;
     let pid = clone_into(&cgroup, plan).map_err(io_error("starting a process in the container"))?;
     if let Some(socket) = master_side {
@@ -142,6 +149,7 @@ fn child(plan: Plan) -> i32 {
         seccomp,
         fds,
         console,
+        cgroup_namespace_of,
     } = plan;
     let ProcessFds {
         stdin,
@@ -151,7 +159,13 @@ fn child(plan: Plan) -> i32 {
     } = fds;
     let executor = ReportingExecutor::new(report);
     let stdio = [stdin, stdout, stderr];
-    let why = match become_process(&process, seccomp.as_ref(), stdio, console) {
+    let entered =
+        cgroup_namespace_of.map_or(Ok(()), |init| setns(init, CloneFlags::CLONE_NEWCGROUP));
+    let become_process = || {
+        entered?;
+        become_process(&process, seccomp.as_ref(), stdio, console)
+    };
+    let why = match become_process() {
         Ok(()) => executor.execute(&process),
         Err(error) => Report::Failed(super::message::bounded(&chain(&*error))),
     };

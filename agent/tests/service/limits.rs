@@ -1,0 +1,110 @@
+//! cgroup limits, figures, pause, OOM.
+
+use crate::guest::{Guest, container_request, context, lines, refusal};
+use capsid_protocol::agent::{Empty, UpdateRequest};
+use serde_json::json;
+use std::time::Duration;
+use ttrpc::Code;
+
+#[test]
+fn limits_are_set_told_and_changed() {
+    let Some(guest) = Guest::start("limits_are_set_told_and_changed") else {
+        return;
+    };
+    let mut spec = guest.spec(&["sleep", "1000"]);
+    spec["linux"]["resources"] = json!({
+        "memory": {"limit": 64 << 20}, "pids": {"limit": 50},
+        "cpu": {"quota": 50_000, "period": 100_000}
+    });
+    let running = guest.run("c1", &spec);
+    let request = container_request("c1");
+    let stats = guest.client().stats(context(), &request).expect("told");
+    assert_eq!(stats.memory_limit_bytes, 64 << 20);
+    assert_eq!(stats.pids_limit, 50);
+    assert_eq!(stats.pids_current, 1);
+    assert!(stats.memory_usage_bytes > 0);
+    assert_eq!(lines("/sys/fs/cgroup/capsid/c1/cpu.max"), ["50000 100000"]);
+    let update = UpdateRequest {
+        container_id: "c1".into(),
+        resources_json: json!({"memory": {"limit": 96 << 20}}).to_string().into(),
+        ..Default::default()
+    };
+    guest.client().update(context(), &update).expect("updated");
+    let stats = guest.client().stats(context(), &request).expect("told");
+    assert_eq!(stats.memory_limit_bytes, 96 << 20);
+    assert_eq!(stats.pids_limit, 50);
+    let pids = guest.client().pids(context(), &request).expect("told");
+    assert_eq!(pids.guest_pids.len(), 1);
+    guest.end(running);
+}
+
+#[test]
+fn a_container_over_its_memory_is_killed_and_told() {
+    let Some(guest) = Guest::start("a_container_over_its_memory_is_killed_and_told") else {
+        return;
+    };
+    // tail keeps what has no line ends in memory.
+    let mut spec = guest.spec(&["tail", "/dev/zero"]);
+    spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
+    let running = guest.run("c1", &spec);
+    let event = guest.client().next_event(context(), &Empty::default());
+    assert_eq!(event.expect("an event").oom_kill().container_id, "c1");
+    assert_eq!(running.finish(&guest).status, 137);
+    let request = container_request("c1");
+    let stats = guest.client().stats(context(), &request).expect("told");
+    assert_eq!(stats.memory_oom_kills, 1);
+    guest.delete("c1", "").expect("deleted");
+}
+
+#[test]
+fn a_paused_container_stands_still() {
+    let Some(guest) = Guest::start("a_paused_container_stands_still") else {
+        return;
+    };
+    let running = guest.run("c1", &guest.spec(&["sh", "-c", "while :; do :; done"]));
+    let request = container_request("c1");
+    guest.client().pause(context(), &request).expect("paused");
+    let used = || {
+        let stats = guest.client().stats(context(), &request);
+        stats.expect("told").cpu_usage_usec
+    };
+    let before = used();
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(used(), before);
+    let again = guest.client().pause(context(), &request);
+    assert_eq!(refusal(again).0, Code::FAILED_PRECONDITION);
+    let exec = guest.exec("c1", "e1", &guest.process("true"));
+    assert_eq!(refusal(exec).0, Code::FAILED_PRECONDITION);
+    guest.client().resume(context(), &request).expect("resumed");
+    let exec = guest.exec("c1", "e1", &guest.process("true"));
+    assert_eq!(exec.expect("started").finish(&guest).status, 0);
+    guest.end(running);
+}
+
+#[test]
+fn a_paused_container_can_be_killed() {
+    let Some(guest) = Guest::start("a_paused_container_can_be_killed") else {
+        return;
+    };
+    let running = guest.sleeper("c1");
+    let request = container_request("c1");
+    guest.client().pause(context(), &request).expect("paused");
+    guest.kill("c1", "", 9, false).expect("killed");
+    assert_eq!(running.finish(&guest).status, 137);
+    guest.delete("c1", "").expect("deleted");
+}
+
+#[test]
+fn a_fork_bomb_ends_at_its_limit_and_dies_as_one() {
+    let Some(guest) = Guest::start("a_fork_bomb_ends_at_its_limit_and_dies_as_one") else {
+        return;
+    };
+    let line = "for i in $(seq 100); do sleep 1000 & done; wait";
+    let mut spec = guest.spec(&["sh", "-c", line]);
+    spec["linux"]["resources"] = json!({"pids": {"limit": 20}});
+    let running = guest.run("c1", &spec);
+    guest.kill("c1", "", 9, true).expect("killed");
+    assert_eq!(running.finish(&guest).status, 137);
+    guest.delete("c1", "").expect("deleted");
+    assert!(!std::path::Path::new("/sys/fs/cgroup/capsid/c1").exists());
+}
