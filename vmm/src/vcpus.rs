@@ -133,9 +133,7 @@ impl Vcpus {
         phases: &Phases,
         filter: &Arc<Filter>,
     ) -> Result<Vcpus, VcpusError> {
-        extern "C" fn woken(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-        register_signal_handler(SIGRTMIN(), woken)
-            .map_err(|cause| VcpusError::Signal(io::Error::from_raw_os_error(cause.errno())))?;
+        handle_wake_up().map_err(VcpusError::Signal)?;
         let gate = Arc::new(Gate::default());
         let mut threads = Vec::with_capacity(vcpus.len());
         for (index, vcpu) in vcpus.into_iter().enumerate() {
@@ -211,6 +209,13 @@ impl Vcpus {
         }
         true
     }
+}
+
+/// Makes the signal that stops vCPUs interrupt a system call and do nothing else.
+fn handle_wake_up() -> io::Result<()> {
+    extern "C" fn woken(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+    register_signal_handler(SIGRTMIN(), woken)
+        .map_err(|cause| io::Error::from_raw_os_error(cause.errno()))
 }
 
 struct Runner {
@@ -308,5 +313,64 @@ fn internal_error(suberror: u32) -> &'static str {
         3 => "the delivery of an event faulted",
         4 => "an exit reason that KVM does not know",
         _ => "no known kind",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    fn farewell(gate: &Arc<Gate>, ends: &Ends) -> Farewell {
+        Farewell {
+            index: 3,
+            gate: Arc::clone(gate),
+            ends: ends.clone(),
+        }
+    }
+
+    #[test]
+    fn a_thread_that_ends_unasked_or_panics_ends_the_vm() {
+        for panics in [false, true] {
+            let (gate, ends) = (Arc::new(Gate::default()), Ends::new().unwrap());
+            let farewell = farewell(&gate, &ends);
+            let thread = thread::spawn(move || {
+                let _farewell = farewell;
+                assert!(!panics, "on purpose");
+            });
+            assert_eq!(thread.join().is_err(), panics);
+            let end = ends.get().unwrap();
+            assert_eq!(end.exit, VmmExit::VcpuLost);
+            assert_eq!(end.why, "the thread of vCPU 3 ended unasked");
+        }
+    }
+
+    #[test]
+    fn a_thread_that_was_told_to_stop_is_not_lost() {
+        let (gate, ends) = (Arc::new(Gate::default()), Ends::new().unwrap());
+        gate.stop.store(true, Ordering::Release);
+        drop(farewell(&gate, &ends));
+        assert_eq!(ends.get(), None);
+        assert_eq!(gate.lock().ended, 1);
+    }
+
+    #[test]
+    fn stopping_a_thread_that_never_answers_takes_no_longer_than_its_timeout() {
+        handle_wake_up().unwrap();
+        let (release, wait) = mpsc::channel::<()>();
+        let vcpus = Vcpus {
+            threads: vec![Thread {
+                handle: thread::spawn(move || {
+                    let _ = wait.recv();
+                }),
+                immediate_exit: ImmediateExit::default(),
+                counts: ExitCounts::default(),
+            }],
+            gate: Arc::new(Gate::default()),
+        };
+        let started = Instant::now();
+        assert!(!vcpus.stop());
+        assert!(started.elapsed() >= Duration::from_millis(VCPU_STOP_TIMEOUT_MS));
+        drop(release);
     }
 }

@@ -12,7 +12,6 @@ const ALWAYS: &[&str] = &[
     "tsc=reliable",
     "no_timer_check",
     // What this machine has not is not looked for.
-    "acpi=off",
     "i8042.noaux",
     "i8042.nomux",
     "i8042.nopnp",

@@ -77,7 +77,7 @@ pub enum Exit<'a> {
 ///
 /// The byte is in memory shared with the kernel, which looks at it before it enters the guest: a signal that
 /// comes too early, between the thread's last look at its orders and `KVM_RUN`, is not lost.
-#[derive(Clone)]
+#[derive(Clone, Default)]
 pub struct ImmediateExit(Arc<Mutex<Option<RunByte>>>);
 
 struct RunByte(*const AtomicU8);
