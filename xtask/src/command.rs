@@ -136,7 +136,7 @@ impl Step {
     /// # Errors
     /// It could not be started, or did not end with 0.
     pub fn run(&self, command: &mut Command) -> Result<(), CommandError> {
-        eprintln!("           $ {}", shown(command));
+        self.say(format!("           $ {}", shown(command)));
         self.run_quietly(command, OnInterrupt::Kill)
     }
 
@@ -145,7 +145,7 @@ impl Step {
     /// # Errors
     /// As `run`.
     pub fn run_to_the_end(&self, command: &mut Command) -> Result<(), CommandError> {
-        eprintln!("           $ {}", shown(command));
+        self.say(format!("           $ {}", shown(command)));
         self.run_quietly(command, OnInterrupt::Finish)
     }
 

@@ -141,8 +141,8 @@ pub fn build_test(
         "--test",
         test.name,
     ]);
-    progress.step(&format!("test {}", test.name), |_| {
-        eprintln!("           $ {}", shown(&command));
+    progress.step(&format!("test {}", test.name), |step| {
+        step.say(format!("           $ {}", shown(&command)));
         let (status, output) = query(&mut command)?;
         if !status.success() {
             return Err(ProgramsError::Build(end(status)));

@@ -47,13 +47,12 @@ impl Run {
 
 /// Printed by the host, then by the container.
 const DEMO_HOST: &str = r#"echo "host kernel        $(uname -sr)"; exec "$@""#;
-const DEMO_CONTAINER: &str = r#"
-echo "guest kernel       $(uname -sr)"
+const DEMO_CONTAINER: &str = r#"echo "guest kernel       $(uname -sr)"
 echo "guest CPUs         $(nproc)"
 echo "guest memory       $(awk '/MemTotal/ { printf "%d MiB", $2 / 1024 }' /proc/meminfo)"
 echo "container's id     $(id)"
 echo "container's processes:"
-ps | sed 's/^/    /'
+ps -o pid,user,comm | sed 's/^/    /'
 echo "container's mounts:"
 awk '{ print "    " $2 " (" $3 ")" }' /proc/mounts
 "#;

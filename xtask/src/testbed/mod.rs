@@ -115,7 +115,7 @@ pub struct Order {
 /// The testbed could not be made or went down.
 pub fn run(testbed: &Testbed, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
     let cache = Cache::open()?;
-    let progress = Progress::new(cache.root().join("logs"));
+    let progress = Progress::quiet(cache.root().join("logs"));
     let context = Context {
         progress: &progress,
         cache: &cache,
