@@ -41,6 +41,16 @@ pub enum CacheError {
         /// The cache's root.
         root: PathBuf,
     },
+    /// The disk has too little room for what is about to be built. Nothing was begun.
+    #[error("the disk of the cache {} has too little room: {needed_mib} MiB are needed, {free_mib} MiB are free; free some space, or set {ROOT_VARIABLE} to a directory on another disk", root.display())]
+    TooLittle {
+        /// The cache's root.
+        root: PathBuf,
+        /// What is needed in MiB.
+        needed_mib: u64,
+        /// What there is in MiB.
+        free_mib: u64,
+    },
     /// The cache's root cannot be written.
     #[error("the cache {} cannot be written: run as root, or set {ROOT_VARIABLE} to a directory of your own", root.display())]
     NotAllowed {
@@ -168,6 +178,25 @@ impl Cache {
             temporary,
             _lock: lock,
         })
+    }
+
+    /// Refuses before a build begins that cannot fit.
+    ///
+    /// # Errors
+    /// There is less room than that.
+    pub fn require_room(&self, needed_mib: u64) -> Result<(), CacheError> {
+        // A file system that does not say how much is free is not asked twice.
+        let free = rustix::fs::statvfs(&self.root)
+            .map_or(u64::MAX, |fs| fs.f_bavail.saturating_mul(fs.f_frsize));
+        let free_mib = free >> 20;
+        if free_mib < needed_mib {
+            return Err(CacheError::TooLittle {
+                root: self.root.clone(),
+                needed_mib,
+                free_mib,
+            });
+        }
+        Ok(())
     }
 
     /// A program that fails on a full disk says so only in its own words; the file system's word is what counts.
@@ -426,6 +455,17 @@ mod tests {
         assert!(matches!(error, CacheError::Full { .. }), "{error}");
         assert_eq!(error.to_string().lines().count(), 1);
         assert!(scratch.left("k").is_empty());
+    }
+
+    #[test]
+    fn a_build_that_cannot_fit_is_not_begun() {
+        let own = Own::new("room");
+        let error = own
+            .0
+            .require_room(u64::MAX >> 20)
+            .expect_err("no disk is that large");
+        assert_eq!(error.to_string().lines().count(), 1);
+        own.0.require_room(0).expect("nothing always fits");
     }
 
     #[test]

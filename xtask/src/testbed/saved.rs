@@ -39,6 +39,8 @@ const RECIPE: &str = "1";
 const ROOT_BYTES: u64 = 16 << 30;
 /// Size of the drive with the programs under test: a saved machine does not expect it to change.
 pub const PROGRAMS_BYTES: u64 = 4 << 30;
+/// Room in the cache while it is being made: Debian's files twice, the disk, the memory.
+const ROOM_MIB: u64 = 4096;
 /// Booting takes 20 s on two idle cores, four times that when metered, and far longer on a busy machine.
 const BOOT_TIMEOUT_MS: u64 = 900_000;
 
@@ -84,6 +86,7 @@ pub fn ensure_saved(context: &Context<'_>, mode: Mode) -> Result<Saved, Box<dyn 
     if let Some(dir) = context.cache.get("testbed-saved", &key) {
         return Ok(Saved { dir });
     }
+    context.cache.require_room(ROOM_MIB)?;
     ensure(context.progress, "the testbed", &PACKAGES)?;
     let root = ensure_root(context, &root_key)?;
     let door = ensure_door(context, &door_key)?;
