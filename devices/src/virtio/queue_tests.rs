@@ -25,7 +25,7 @@ fn one_kick_serves_at_most_the_queues_size_and_kicks_again() {
         next: 0,
     };
     driver.add_raw(0, 0, &[loop_of_one]);
-    driver.set_available_index(0, 256); // all name head 0: the same head again and again (V7)
+    driver.set_available_index(0, 256); // all name head 0: one head, many times in flight (B2.4, V7)
     assert_eq!(device.serve().unwrap(), 256);
     let kick = &driver.transport.notify_addresses()[0].kick;
     assert_eq!(kick.read().unwrap(), 1);
