@@ -27,8 +27,9 @@ const ALWAYS: &[&str] = &[
 ];
 
 /// Without a serial port: nothing is printed until a panic, which goes to the VMM's ring by the simplest
-/// driver there is.
-const SILENT: &[&str] = &["earlycon=uart8250,io,0x3f8", "keep_bootcon", "loglevel=1"];
+/// driver there is. The level comes first: the kernel takes these words in their order (parse_early_param),
+/// and a console that is registered before it prints the first 1 KiB of the log, which is 2,200 exits.
+const SILENT: &[&str] = &["loglevel=1", "earlycon=uart8250,io,0x3f8", "keep_bootcon"];
 
 /// With a serial port that somebody reads: a console on it.
 const CONSOLE: &[&str] = &["console=ttyS0", "8250.nr_uarts=1"];
@@ -77,6 +78,14 @@ mod tests {
         assert!(!silent.to_str().unwrap().contains("console=ttyS0"));
         let loud = assemble(true, "", 2048).unwrap();
         assert!(loud.to_str().unwrap().contains("console=ttyS0"));
+    }
+
+    #[test]
+    fn the_log_is_silenced_before_the_early_console_is_there_to_print_it() {
+        let line = assemble(false, "", 2048).unwrap();
+        let line = line.to_str().unwrap();
+        let level = line.find("loglevel=1").unwrap();
+        assert!(level < line.find("earlycon=").unwrap());
     }
 
     #[test]
