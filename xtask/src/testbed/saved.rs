@@ -86,6 +86,10 @@ pub fn ensure_saved(context: &Context<'_>, mode: Mode) -> Result<Saved, Box<dyn 
     if let Some(dir) = context.cache.get("testbed-saved", &key) {
         return Ok(Saved { dir });
     }
+    if !rustix::process::geteuid().is_root() {
+        // Files of the image belong to many users, which only root can make.
+        return Err("the testbed is not made yet, and making it needs root: run `cargo xtask testbed exec -- true` as root once".into());
+    }
     context.cache.require_room(ROOM_MIB)?;
     ensure(context.progress, "the testbed", &PACKAGES)?;
     let root = ensure_root(context, &root_key)?;
