@@ -106,7 +106,6 @@ pub struct RunArgs {
     /// The command and its arguments; without one, the image's or the bundle's
     #[arg(
         trailing_var_arg = true,
-        allow_hyphen_values = true,
         value_name = "CMD"
     )]
     pub command: Vec<String>,
@@ -146,6 +145,12 @@ mod tests {
     fn the_two_dashes_are_optional_as_with_docker() {
         let args = run(&["--image", "x", "sh", "-c", "exit 7"]).expect("valid");
         assert_eq!(args.command, ["sh", "-c", "exit 7"]);
+    }
+
+    #[test]
+    fn an_unknown_flag_is_not_a_command() {
+        assert!(run(&["--bogus"]).is_err());
+        assert!(run(&["--image", "x", "--bogus", "--", "true"]).is_err());
     }
 
     #[test]
