@@ -65,7 +65,10 @@ fn main() {
     match words.next() {
         Some("end") => {
             let code = words.next().expect("a code").parse().expect("a number");
-            eprintln!("capsid-vmm: said by the fake: {}", words.collect::<Vec<_>>().join(" "));
+            eprintln!(
+                "capsid-vmm: said by the fake: {}",
+                words.collect::<Vec<_>>().join(" ")
+            );
             exit(code);
         }
         Some("silent") => loop {
@@ -168,7 +171,10 @@ impl Agent {
             "StartContainer" | "ResizeTty" => self.answer(stream, &api::Empty::new()),
             "Signal" => {
                 let signal = api::SignalRequest::parse_from_bytes(&request.payload);
-                self.signal.0.send(signal.expect("a request").signal).expect("we hold the other end");
+                self.signal
+                    .0
+                    .send(signal.expect("a request").signal)
+                    .expect("we hold the other end");
                 self.answer(stream, &api::Empty::new());
             }
             "Wait" => self.wait(stream),
@@ -183,7 +189,10 @@ impl Agent {
     fn create(&mut self, stream: [u8; 4], create: &api::CreateContainerRequest) {
         let spec: serde_json::Value = serde_json::from_slice(&create.spec_json).expect("JSON");
         let args = spec["process"]["args"].as_array().expect("args");
-        self.args = args.iter().filter_map(|arg| arg.as_str().map(str::to_owned)).collect();
+        self.args = args
+            .iter()
+            .filter_map(|arg| arg.as_str().map(str::to_owned))
+            .collect();
         match self.args.first().map(String::as_str) {
             Some("no-such-command") => {
                 let text = format!("{}no-such-command", ExecError::NotFound.prefix());
@@ -305,16 +314,23 @@ fn command(
         }
         ["hang-up"] => {
             channel.shutdown(Shutdown::Both).expect("a socket");
-            0
+            lost()
         }
         ["garbage"] => {
             let mut channel = channel.try_clone().expect("a socket");
             // A frame of 4 GiB that never comes, and then the end of the channel.
             channel.write_all(&[0xff; 4096]).expect("read");
             channel.shutdown(Shutdown::Both).expect("a socket");
-            0
+            lost()
         }
         ["hold-output"] => 0,
         other => panic!("command {other:?} is not expected"),
+    }
+}
+
+/// What an agent without a channel does: nothing.
+fn lost() -> ! {
+    loop {
+        thread::park();
     }
 }

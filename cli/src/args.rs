@@ -104,10 +104,7 @@ pub struct RunArgs {
     #[command(flatten)]
     pub machine: MachineArgs,
     /// The command and its arguments; without one, the image's or the bundle's
-    #[arg(
-        trailing_var_arg = true,
-        value_name = "CMD"
-    )]
+    #[arg(trailing_var_arg = true, value_name = "CMD")]
     pub command: Vec<String>,
 }
 

@@ -18,7 +18,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 /// How long the VM of a check may take to boot, in ms; an emulated host is some twenty times slower than a real one.
-const BOOT_TIMEOUT_MS: u64 = 120_000;
+const BOOT_TIMEOUT_MS: u64 = 300_000;
 /// How long it may take to power off, in ms.
 const POWER_OFF_TIMEOUT_MS: u64 = 30_000;
 /// The first kernel with all of the mount API that is used.

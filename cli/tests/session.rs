@@ -49,13 +49,18 @@ fn capsid(scratch: &Scratch, script: &str, flags: &[&str], command: &[&str]) -> 
         capsid.arg("--rootfs").arg(scratch.0.join("root"));
     }
     capsid.args(flags).arg("--").args(command);
-    capsid.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    capsid
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped());
     capsid
 }
 
 fn run(script: &str, flags: &[&str], command: &[&str]) -> Output {
     let scratch = Scratch::new();
-    let output = capsid(&scratch, script, flags, command).output().expect("it runs");
+    let output = capsid(&scratch, script, flags, command)
+        .output()
+        .expect("it runs");
     assert_eq!(children_left(&scratch), 0, "no VMM is left");
     output
 }
@@ -66,8 +71,12 @@ fn children_left(scratch: &Scratch) -> usize {
     let processes = fs::read_dir("/proc").expect("/proc").flatten();
     processes
         .filter(|process| {
-            let fds = fs::read_dir(process.path().join("fd")).into_iter().flatten().flatten();
-            fds.into_iter().any(|fd| fs::read_link(fd.path()).is_ok_and(|target| target == script))
+            let fds = fs::read_dir(process.path().join("fd"))
+                .into_iter()
+                .flatten()
+                .flatten();
+            fds.into_iter()
+                .any(|fd| fs::read_link(fd.path()).is_ok_and(|target| target == script))
         })
         .count()
 }
@@ -95,7 +104,11 @@ fn until(child: &mut Child, mark: &str) {
     let mut seen = Vec::new();
     let mut byte = [0];
     while !text(&seen).contains(mark) {
-        assert_eq!(stdout.read(&mut byte).expect("piped"), 1, "ended after {seen:?}");
+        assert_eq!(
+            stdout.read(&mut byte).expect("piped"),
+            1,
+            "ended after {seen:?}"
+        );
         seen.extend(byte);
     }
 }
@@ -152,7 +165,9 @@ fn without_i_no_byte_of_the_input_is_passed_on() {
 #[test]
 fn an_output_that_nobody_reads_ends_the_writer() {
     let scratch = Scratch::new();
-    let mut child = capsid(&scratch, "agent", &[], &["yes"]).spawn().expect("it runs");
+    let mut child = capsid(&scratch, "agent", &[], &["yes"])
+        .spawn()
+        .expect("it runs");
     until(&mut child, "y\ny\n");
     drop(child.stdout.take());
     assert_eq!(child.wait().expect("it ends").code(), Some(141));
@@ -161,7 +176,10 @@ fn an_output_that_nobody_reads_ends_the_writer() {
 #[test]
 fn an_output_that_cannot_be_written_is_not_a_success() {
     let scratch = Scratch::new();
-    let full = fs::File::options().write(true).open("/dev/full").expect("/dev/full");
+    let full = fs::File::options()
+        .write(true)
+        .open("/dev/full")
+        .expect("/dev/full");
     let output = capsid(&scratch, "agent", &[], &["say", "x", ""])
         .stdout(full)
         .output()
@@ -173,9 +191,14 @@ fn an_output_that_cannot_be_written_is_not_a_success() {
 fn signals_reach_the_command() {
     for signal in [1, 2, 3, 10, 12, 15] {
         let scratch = Scratch::new();
-        let mut child = capsid(&scratch, "agent", &[], &["trap"]).spawn().expect("it runs");
+        let mut child = capsid(&scratch, "agent", &[], &["trap"])
+            .spawn()
+            .expect("it runs");
         until(&mut child, "up");
-        kill(&child, rustix::process::Signal::from_named_raw(signal).expect("a signal"));
+        kill(
+            &child,
+            rustix::process::Signal::from_named_raw(signal).expect("a signal"),
+        );
         assert_eq!(child.wait().expect("it ends").code(), Some(100 + signal));
     }
 }
@@ -183,7 +206,9 @@ fn signals_reach_the_command() {
 #[test]
 fn the_third_interrupt_kills_what_ignores_two() {
     let scratch = Scratch::new();
-    let mut child = capsid(&scratch, "agent", &[], &["ignore"]).spawn().expect("it runs");
+    let mut child = capsid(&scratch, "agent", &[], &["ignore"])
+        .spawn()
+        .expect("it runs");
     until(&mut child, "up");
     // Standard signals do not queue: the next is sent when the one before was taken.
     while child.try_wait().expect("our child").is_none() {
@@ -197,7 +222,9 @@ fn the_third_interrupt_kills_what_ignores_two() {
 #[test]
 fn an_interrupt_before_the_agent_is_there_ends_everything() {
     let scratch = Scratch::new();
-    let mut child = capsid(&scratch, "silent", &[], &["exit", "0"]).spawn().expect("it runs");
+    let mut child = capsid(&scratch, "silent", &[], &["exit", "0"])
+        .spawn()
+        .expect("it runs");
     // Two processes hold the script when the VMM runs.
     while children_left(&scratch) < 1 {
         std::thread::yield_now();
@@ -210,13 +237,18 @@ fn an_interrupt_before_the_agent_is_there_ends_everything() {
 #[test]
 fn capsid_killed_takes_its_vmm_along() {
     let scratch = Scratch::new();
-    let mut child = capsid(&scratch, "agent", &[], &["ignore"]).spawn().expect("it runs");
+    let mut child = capsid(&scratch, "agent", &[], &["ignore"])
+        .spawn()
+        .expect("it runs");
     until(&mut child, "up");
     child.kill().expect("our child");
     child.wait().expect("our child");
     let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
     while children_left(&scratch) > 0 {
-        assert!(std::time::Instant::now() < deadline, "the VMM outlives its owner");
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the VMM outlives its owner"
+        );
         std::thread::yield_now();
     }
 }
@@ -249,7 +281,10 @@ fn a_vmm_that_refuses_its_kernel_is_125_in_one_line() {
 
 #[test]
 fn a_missing_command_is_127() {
-    one_line(&ends(&run("agent", &[], &["no-such-command"]), 127), "no-such-command");
+    one_line(
+        &ends(&run("agent", &[], &["no-such-command"]), 127),
+        "no-such-command",
+    );
 }
 
 #[test]
@@ -273,7 +308,12 @@ fn json_tells_exit_phases_and_the_guest() {
     let told: Value = serde_json::from_str(stderr.lines().last().expect("a line")).expect("JSON");
     assert_eq!(told["exit_code"], 5);
     assert_eq!(told["guest"]["kernel"], "fake\\u{1b}[2J");
-    assert!(told["phases"].as_array().is_some_and(|phases| phases.len() > 4), "{told}");
+    assert!(
+        told["phases"]
+            .as_array()
+            .is_some_and(|phases| phases.len() > 4),
+        "{told}"
+    );
 }
 
 #[test]
@@ -288,7 +328,10 @@ fn the_spec_names_no_path_of_the_host() {
     ends(&output, 0);
     let spec: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     assert_eq!(spec["process"]["user"]["uid"], 7);
-    assert!(!text(&output.stdout).contains(scratch.0.to_str().expect("UTF-8")), "{spec}");
+    assert!(
+        !text(&output.stdout).contains(scratch.0.to_str().expect("UTF-8")),
+        "{spec}"
+    );
 }
 
 #[test]

@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 /// How long the guest may take from the VMM's start to the agent's dial, in ms. An emulated host is some twenty times
 /// slower than a real one; a guest that dies is noticed by its VMM and not by this.
-const AGENT_READY_TIMEOUT_MS: u64 = 120_000;
+const AGENT_READY_TIMEOUT_MS: u64 = 300_000;
 /// How long an output may stand still after the command's exit, in ms, while nobody keeps us from writing.
 const DRAIN_IDLE_MS: u64 = 30_000;
 /// How long the guest may take to power off, in ms; longer than the VMM's own grace.
