@@ -11,6 +11,7 @@ use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 
@@ -20,6 +21,9 @@ pub use key::{Key, KeyBuilder};
 /// Where the cache is, unless this names another directory.
 pub const ROOT_VARIABLE: &str = "CAPSID_CACHE";
 const ROOT_DEFAULT: &str = "/var/cache/capsid";
+
+/// An entry that nobody asked for in so long is removed when another of its kind is built.
+const KEEP_UNUSED_DAYS: u64 = 14;
 
 /// Why an entry is not there.
 #[derive(Debug, thiserror::Error)]
@@ -107,7 +111,10 @@ impl Cache {
     /// The entry, if it is there.
     pub fn get(&self, kind: &str, key: &Key) -> Option<PathBuf> {
         let entry = self.root.join(kind).join(key.as_str());
-        entry.is_dir().then_some(entry)
+        let dir = File::open(&entry).ok().filter(|_| entry.is_dir())?;
+        // Says that it is in use (see `remove_unused`). Whoever may only read the cache cannot say so.
+        let _ = dir.set_modified(SystemTime::now());
+        Some(entry)
     }
 
     /// The entry; built by `build` into the directory it is given, if it is not there.
@@ -152,6 +159,7 @@ impl Cache {
         File::open(&room)
             .and_then(|dir| dir.sync_all())
             .map_err(io_error("flushing", &room))?;
+        remove_unused(&room, SystemTime::now());
         Ok(entry)
     }
 
@@ -311,6 +319,26 @@ fn remove_stale(room: &Path, ours: &Key) -> Result<(), CacheError> {
     Ok(())
 }
 
+/// Removes the entries of this kind that nobody asked for in a long time: a new one mostly takes the place of an old one.
+/// One that cannot be removed costs room, nothing else.
+fn remove_unused(room: &Path, now: SystemTime) {
+    let keep = Duration::from_secs(KEEP_UNUSED_DAYS * 24 * 60 * 60);
+    for entry in std::fs::read_dir(room).into_iter().flatten().flatten() {
+        let path = entry.path();
+        let used = entry.metadata().and_then(|metadata| metadata.modified());
+        let unused =
+            used.is_ok_and(|used| now.duration_since(used).is_ok_and(|since| since > keep));
+        if unused && path.is_dir() && path.extension().is_none() {
+            if let Err(error) = remove_dir(&path) {
+                eprintln!(
+                    "xtask: removing {}, unused for {KEEP_UNUSED_DAYS} days: {error}",
+                    path.display()
+                );
+            }
+        }
+    }
+}
+
 /// Removes a directory and all below it; one that is gone is fine.
 fn remove_dir(path: &Path) -> io::Result<()> {
     match std::fs::remove_dir_all(path) {
@@ -466,6 +494,21 @@ mod tests {
             .expect_err("no disk is that large");
         assert_eq!(error.to_string().lines().count(), 1);
         own.0.require_room(0).expect("nothing always fits");
+    }
+
+    #[test]
+    fn an_entry_long_unused_goes_when_another_is_built() {
+        let own = Own::new("unused");
+        let old = own
+            .0
+            .get_or_build("k", &key("old"), |_| Ok(()))
+            .expect("built");
+        let room = own.0.root().join("k");
+        let days = |days: u64| Duration::from_secs(days * 24 * 60 * 60);
+        remove_unused(&room, SystemTime::now() + days(KEEP_UNUSED_DAYS - 1));
+        assert!(old.is_dir());
+        remove_unused(&room, SystemTime::now() + days(KEEP_UNUSED_DAYS + 1));
+        assert!(!old.exists());
     }
 
     #[test]
