@@ -47,10 +47,24 @@ struct Dir(PathBuf);
 
 impl Dir {
     fn new() -> Dir {
+        Dir::below(&std::env::temp_dir())
+    }
+
+    /// One in memory, where there is such a place, for tests that make more files than a disk likes.
+    fn in_memory() -> Dir {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() {
+            Dir::below(memory)
+        } else {
+            Dir::new()
+        }
+    }
+
+    fn below(base: &Path) -> Dir {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let name = format!("capsid-fs-{}-{number}", std::process::id());
-        let path = std::env::temp_dir().join(name);
+        let path = base.join(name);
         std::fs::create_dir(&path).expect("a directory for the test");
         Dir(path)
     }
