@@ -11,6 +11,7 @@ use std::error::Error;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
@@ -179,8 +180,7 @@ impl Cache {
                 remove_dir(&path).map_err(refused)?;
             }
         }
-        let temporary =
-            Temporary::create(room.join(std::process::id().to_string())).map_err(refused)?;
+        let temporary = Temporary::create(room.join(scratch_name())).map_err(refused)?;
         let lock = Lock::of_dir(&temporary.path).map_err(refused)?;
         Ok(Scratch {
             temporary,
@@ -216,6 +216,16 @@ impl Cache {
 
 /// Below this much free space a failed build is told as a full disk.
 const FULL_BYTES: u64 = 1 << 20;
+
+/// No two directories of living processes have the same.
+fn scratch_name() -> String {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    format!(
+        "{}-{}",
+        std::process::id(),
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    )
+}
 
 /// A directory for one run.
 #[derive(Debug)]
@@ -407,7 +417,7 @@ fn is_full(error: &(dyn Error + 'static)) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::atomic::{AtomicUsize, Ordering};
+    use std::sync::atomic::AtomicUsize;
 
     /// A cache in a directory of its own, removed at the end.
     struct Own(Cache);

@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::count::Count;
 use crate::artifacts::{self, Artifacts};
-use crate::command::{self, OnInterrupt, shown};
+use crate::command::{self, OnInterrupt, query, shown};
 use crate::place::Place;
 use crate::programs::{self, Profile, TestBinary};
 use crate::run::choose;
 use crate::testbed::machine::Mode;
-use crate::testbed::saved::Context;
+use crate::testbed::saved::{Context, ensure_saved};
 use crate::testbed::session::Outputs;
 use crate::testbed::{self, Order};
 
@@ -27,6 +27,11 @@ const NAME: &str = "capsid-system-tests";
 /// The ledger of what a run left behind counts the whole host, so tests run one at a time.
 const HARNESS_FLAG: &str = "--test-threads=1";
 
+/// So many testbeds at once at most: each takes 3 GiB of memory.
+const TESTBEDS_MAX: usize = 4;
+/// A line is passed on in pieces of this size; one so long is no result of the harness's.
+const LINE_MAX_BYTES: usize = 4096;
+
 /// Builds and runs them.
 pub(super) fn run(
     context: &Context<'_>,
@@ -39,7 +44,7 @@ pub(super) fn run(
     artifacts.add(None, binary.clone(), &format!("bin/{NAME}"));
     let (tally, code) = match place {
         Place::Host => here(&artifacts, &binary, filters)?,
-        Place::Testbed => inside(context, &artifacts, filters)?,
+        Place::Testbed => inside(context, &artifacts, &binary, filters)?,
     };
     let mut count = tally.take();
     if code != 0 && count.failed == 0 {
@@ -49,26 +54,87 @@ pub(super) fn run(
     Ok(count)
 }
 
+/// Runs them in as many testbeds as there are processors, each with its share of the tests.
 fn inside(
     context: &Context<'_>,
     artifacts: &Artifacts,
+    binary: &Path,
     filters: &[String],
 ) -> Result<(Tally, i32), Box<dyn Error>> {
+    let names = names(binary, filters)?;
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let tally = Tally::default();
-    let mut words = vec![NAME.into(), HARNESS_FLAG.into()];
-    words.extend(filters.iter().map(Into::into));
+    // Made once, before several want it.
+    ensure_saved(context, Mode::Plain)?;
+    let codes: Vec<Result<u8, String>> = std::thread::scope(|scope| {
+        let shares = shares(&names, processors.min(TESTBEDS_MAX))
+            .into_iter()
+            .map(|share| {
+                let outputs = Outputs {
+                    out: Box::new(tally.line_by_line()),
+                    err: Box::new(io::stderr()),
+                };
+                scope.spawn(move || one_share(context, artifacts, &share, outputs))
+            });
+        let running: Vec<_> = shares.collect();
+        running
+            .into_iter()
+            .map(|one| one.join().unwrap_or_else(|_| Err("it panicked".to_owned())))
+            .collect()
+    });
+    let mut worst = 0;
+    for code in codes {
+        worst = worst.max(i32::from(code?));
+    }
+    Ok((tally, worst))
+}
+
+fn one_share(
+    context: &Context<'_>,
+    artifacts: &Artifacts,
+    names: &[String],
+    outputs: Outputs,
+) -> Result<u8, String> {
+    let mut words = vec![NAME.into(), HARNESS_FLAG.into(), "--exact".into()];
+    words.extend(names.iter().map(Into::into));
     let order = Order {
         items: artifacts.items(),
         variables: artifacts.variables_inside(),
         words,
         ..Order::new(Mode::Plain)
     };
-    let outputs = Outputs {
-        out: Box::new(tally.clone()),
-        err: Box::new(io::stderr()),
-    };
-    let code = testbed::execute_into(context, order, None, outputs)?;
-    Ok((tally, i32::from(code)))
+    testbed::execute_into(context, order, outputs).map_err(|error| crate::chain(error.as_ref()))
+}
+
+/// The names of the tests that the filters leave; the harness itself knows.
+fn names(binary: &Path, filters: &[String]) -> Result<Vec<String>, Box<dyn Error>> {
+    let mut command = Command::new(binary);
+    let (status, list) = query(command.args(["--list", "--format", "terse"]).args(filters))?;
+    if !status.success() {
+        return Err(format!("`{}` ended with {}", shown(&command), command::end(status)).into());
+    }
+    Ok(listed(&String::from_utf8_lossy(&list)))
+}
+
+/// One `name: test` a line.
+fn listed(list: &str) -> Vec<String> {
+    list.lines()
+        .filter_map(|line| line.strip_suffix(": test"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The names dealt out in turn, so that neighbours, which mostly take about as long, go to different testbeds.
+fn shares(names: &[String], count: usize) -> Vec<Vec<String>> {
+    let mut shares = vec![Vec::new(); count.clamp(1, names.len().max(1))];
+    let places = (0..shares.len()).cycle();
+    for (name, place) in names.iter().zip(places) {
+        if let Some(share) = shares.get_mut(place) {
+            share.push(name.clone());
+        }
+    }
+    shares.retain(|share| !share.is_empty());
+    shares
 }
 
 fn here(
@@ -76,7 +142,7 @@ fn here(
     binary: &Path,
     filters: &[String],
 ) -> Result<(Tally, i32), Box<dyn Error>> {
-    let mut tally = Tally::default();
+    let tally = Tally::default();
     let mut command = Command::new(binary);
     command
         .arg(HARNESS_FLAG)
@@ -89,7 +155,7 @@ fn here(
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut running = command::spawn(&mut command, OnInterrupt::Kill)?;
     if let Some(mut stdout) = running.child.stdout.take() {
-        io::copy(&mut stdout, &mut tally)?;
+        io::copy(&mut stdout, &mut tally.line_by_line())?;
     }
     let status = running.child.wait()?;
     Ok((tally, status.code().unwrap_or(-1)))
@@ -102,32 +168,50 @@ fn search_path(first: &Path) -> std::ffi::OsString {
     std::env::join_paths(all).unwrap_or(rest)
 }
 
-/// Passes output on and counts the tests in it.
+/// Counts the tests in what several runs print, and passes their output on in whole lines.
 #[derive(Debug, Default, Clone)]
 struct Tally {
-    state: Arc<Mutex<(Vec<u8>, Count)>>,
+    count: Arc<Mutex<Count>>,
 }
 
-/// A line longer than this is no result of the harness's.
-const LINE_MAX_BYTES: usize = 4096;
+/// The output of one run.
+#[derive(Debug)]
+struct Lines {
+    tally: Tally,
+    line: Vec<u8>,
+}
 
 impl Tally {
     fn take(&self) -> Count {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner).1
+        *self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn line_by_line(&self) -> Lines {
+        Lines {
+            tally: self.clone(),
+            line: Vec::new(),
+        }
     }
 }
 
-impl Write for Tally {
+impl Lines {
+    fn pass_on(&mut self) -> io::Result<()> {
+        self.tally
+            .count
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .read_line(&self.line);
+        let line = std::mem::take(&mut self.line);
+        io::stdout().lock().write_all(&line)
+    }
+}
+
+impl Write for Lines {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        io::stdout().write_all(bytes)?;
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let (line, count) = &mut *state;
         for byte in bytes {
-            if *byte == b'\n' {
-                count.read_line(line);
-                line.clear();
-            } else if line.len() < LINE_MAX_BYTES {
-                line.push(*byte);
+            self.line.push(*byte);
+            if *byte == b'\n' || self.line.len() >= LINE_MAX_BYTES {
+                self.pass_on()?;
             }
         }
         Ok(bytes.len())
@@ -138,19 +222,27 @@ impl Write for Tally {
     }
 }
 
+impl Drop for Lines {
+    fn drop(&mut self) {
+        // A last line without an end; a standard output that is gone was noticed before.
+        let _ = self.pass_on();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn a_result_is_counted_however_it_is_cut() {
-        let mut tally = Tally::default();
+        let tally = Tally::default();
+        let mut lines = tally.line_by_line();
         for piece in [
             "\ntest resu",
             "lt: ok. 2 passed; 0 fai",
             "led; 0 ignored; 0 measured\n",
         ] {
-            tally.write_all(piece.as_bytes()).expect("written");
+            lines.write_all(piece.as_bytes()).expect("written");
         }
         assert_eq!(
             tally.take(),
@@ -160,5 +252,20 @@ mod tests {
                 skipped: 0
             }
         );
+    }
+
+    #[test]
+    fn every_test_is_in_one_share() {
+        let names: Vec<String> = listed("a::b: test\nc: test\nd: benchmark\n\ne: test\n");
+        assert_eq!(names, ["a::b", "c", "e"]);
+        assert_eq!(
+            shares(&names, 2),
+            [
+                vec!["a::b".to_owned(), "e".to_owned()],
+                vec!["c".to_owned()]
+            ]
+        );
+        assert_eq!(shares(&names, 9).len(), 3);
+        assert!(shares(&[], 2).is_empty());
     }
 }

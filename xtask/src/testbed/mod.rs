@@ -163,18 +163,29 @@ impl Order {
 /// # Errors
 /// The testbed could not be made or went down.
 pub fn execute(context: &Context<'_>, order: Order) -> Result<u8, Box<dyn Error>> {
-    execute_into(context, order, Some(std::io::stdin()), Outputs::ours())
+    let (input, signals) = (Some(std::io::stdin()), Some(interrupt::take()));
+    resumed(context, order, input, Outputs::ours(), signals)
 }
 
-/// As `execute`, with streams of the caller's choice; without an input the command finds its end at once.
+/// As `execute`, with the outputs going elsewhere; the command finds the end of its input at once, and an interruption ends
+/// us and the testbed together. Several may run at the same time.
 ///
 /// # Errors
 /// As `execute`.
 pub fn execute_into(
     context: &Context<'_>,
     order: Order,
+    outputs: Outputs,
+) -> Result<u8, Box<dyn Error>> {
+    resumed(context, order, None, outputs, None)
+}
+
+fn resumed(
+    context: &Context<'_>,
+    order: Order,
     input: Option<std::io::Stdin>,
     outputs: Outputs,
+    signals: Option<interrupt::Taken>,
 ) -> Result<u8, Box<dyn Error>> {
     let terminal = if order.tty {
         Some(
@@ -210,14 +221,7 @@ pub fn execute_into(
     } else {
         None
     };
-    let code = session::carry(
-        &machine.door,
-        run,
-        input,
-        outputs,
-        interrupt::take(),
-        order.limit,
-    );
+    let code = session::carry(&machine.door, run, input, outputs, signals, order.limit);
     code.map_err(|error| machine.died(&error.to_string()).into())
 }
 

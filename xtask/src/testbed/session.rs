@@ -81,13 +81,15 @@ pub(crate) fn carry(
     run: Run,
     input: Option<impl Read + Send + 'static>,
     outputs: Outputs,
-    signals: Taken,
+    signals: Option<Taken>,
     limit: Option<Duration>,
 ) -> Result<u8, SessionError> {
     let (events, inbox) = channel();
     let outbox = writer(door.try_clone().map_err(SessionError::Io)?);
     reader(door.try_clone().map_err(SessionError::Io)?, events.clone());
-    forward_signals(signals, events);
+    if let Some(signals) = signals {
+        forward_signals(signals, events);
+    }
     let credit = Arc::new(Credit::default());
     credit.add(WINDOW_BYTES);
     send(&outbox, Frame::Run(run));
@@ -390,7 +392,7 @@ mod tests {
             err: Box::new(io::sink()),
         };
         let (_, silent) = channel();
-        let signals = Taken { signals: silent };
+        let signals = Some(Taken { signals: silent });
         let code = carry(&ours, run_of("x"), Some(input), outputs, signals, limit);
         // Threads of the session still hold the socket.
         ours.shutdown(std::net::Shutdown::Both).expect("shut");
