@@ -50,7 +50,7 @@ fn make(step: &Step, dir: &Path) -> Result<(), Box<dyn Error>> {
     for dir in [&package, &root, &archive] {
         std::fs::create_dir_all(dir)?;
     }
-    step.run_to_the_end(Command::new("apt-get").arg("update"))?;
+    packages::update(step)?;
     // apt's own user could not write here.
     let unpacked = work.join("unpacked");
     let mut download = Command::new("apt-get");

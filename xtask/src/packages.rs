@@ -3,17 +3,21 @@
 //! Trusts the machine's own apt configuration: a package that only the backports of this release have comes from the mirror
 //! that is already configured, so no host name is written here.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use crate::cache::Lock;
 use crate::command::{self, CommandError, shown};
-use crate::progress::{LogError, Progress};
+use crate::progress::{LogError, Progress, Step};
 
 /// Where the keys of Debian's archives are, on every Debian.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const SOURCES_DIR: &str = "/etc/apt/sources.list.d";
 /// Another installation may be under way; it is waited for this long.
 const DPKG_LOCK_TIMEOUT_S: u32 = 600;
+
+/// apt refuses to update its lists for two at once, and does not wait.
+const LOCK: &str = "/run/lock/capsid-packages.lock";
 
 /// A package we want.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +48,9 @@ pub const fn at_least(name: &'static str, version: &'static str) -> Package {
 #[derive(Debug, thiserror::Error)]
 pub enum PackagesError {
     /// We may not install.
-    #[error("{reason} needs Debian packages that are missing: run `{command}` as root")]
+    #[error(
+        "{reason} needs Debian packages that are missing: run `{command}` as root, or this once as root"
+    )]
     NotRoot {
         /// What needs them.
         reason: String,
@@ -113,20 +119,51 @@ pub fn ensure(progress: &Progress, reason: &str, wanted: &[Package]) -> Result<(
     }
     progress.say(&format!("{reason} needs {names}"));
     progress.step("Debian packages", |step| {
-        step.run_to_the_end(Command::new("apt-get").arg("update"))?;
-        let mut backports = None;
-        if missing.iter().any(|package| {
+        let _lock = lock()?;
+        update_lists(step)?;
+        let too_old = |package: &&Package| {
             package
                 .at_least
                 .is_some_and(|version| !offered(package.name, version))
-        }) {
+        };
+        let (from_backports, own): (Vec<Package>, Vec<Package>) = missing
+            .iter()
+            .copied()
+            .partition(|package| too_old(&package));
+        if !own.is_empty() {
+            step.run_to_the_end(&mut install(&own, None))?;
+        }
+        if !from_backports.is_empty() {
             let codename = codename()?;
             add_backports(&codename)?;
-            step.run_to_the_end(Command::new("apt-get").arg("update"))?;
-            backports = Some(format!("{codename}-backports"));
+            update_lists(step)?;
+            step.run_to_the_end(&mut install(
+                &from_backports,
+                Some(&format!("{codename}-backports")),
+            ))?;
         }
-        Ok(step.run_to_the_end(&mut install(&missing, backports.as_deref()))?)
+        Ok(())
     })
+}
+
+/// Brings apt's lists up to date.
+///
+/// # Errors
+/// apt could not.
+pub fn update(step: &Step) -> Result<(), PackagesError> {
+    let _lock = lock()?;
+    update_lists(step)
+}
+
+fn lock() -> Result<Lock, PackagesError> {
+    Lock::wait(Path::new(LOCK)).map_err(|cause| PackagesError::Write {
+        path: LOCK.into(),
+        cause,
+    })
+}
+
+fn update_lists(step: &Step) -> Result<(), PackagesError> {
+    Ok(step.run_to_the_end(Command::new("apt-get").arg("update"))?)
 }
 
 fn install(missing: &[Package], backports: Option<&str>) -> Command {
