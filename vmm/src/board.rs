@@ -30,6 +30,7 @@ const SLOT_WINDOW_BYTES: u64 = 0x8000;
 const _: () = {
     assert!(BAR_BYTES as u64 <= SLOT_WINDOW_BYTES && PVPANIC_BAR_BYTES as u64 <= SLOT_WINDOW_BYTES);
     assert!(32 * SLOT_WINDOW_BYTES <= layout::PCI_WINDOW_BYTES);
+    assert!(CONFIG_PORT == layout::PCI_ADDRESS_PORT);
     assert!(SERIAL_PORT == layout::SERIAL_PORT && SERIAL_IRQ == layout::SERIAL_GSI);
 };
 

@@ -61,6 +61,14 @@ pub const SERIAL_PORT: u64 = 0x3f8;
 /// Ports of the serial port.
 pub const SERIAL_PORTS: u64 = 8;
 
+/// The address register of PCI configuration mechanism 1. Writing it does nothing until its data register,
+/// which follows, is used.
+pub const PCI_ADDRESS_PORT: u64 = 0xcf8;
+/// Size of the address register, in bytes.
+pub const PCI_ADDRESS_BYTES: u32 = 4;
+/// Ports of the address and the data register.
+pub const PCI_PORTS: Range<u16> = 0xcf8..0xd00;
+
 const fn ends_before(start: u64, bytes: u64, next: u64) -> bool {
     start + bytes <= next
 }

@@ -255,7 +255,10 @@ impl Runner {
     fn step(&self, vcpu: &mut Vcpu) -> Option<End> {
         let index = self.index;
         let kvm_error = |why: String| Some(End::new(VmmExit::KvmError, why));
-        match vcpu.run() {
+        let late = |port: u16, data: &[u8]| {
+            self.buses.port.write(u64::from(port), data);
+        };
+        match vcpu.run(late) {
             Ok(Exit::PortWrite { port, width, data }) => {
                 for element in data.chunks(width) {
                     let device = self.buses.port.write(u64::from(port), element);

@@ -5,6 +5,7 @@ use super::vm::Vm;
 use super::{KvmError, failed};
 use crate::arch::{lapic, msr, registers};
 use crate::boot::Entry;
+use crate::layout;
 use kvm_bindings::{
     CpuId, KVM_EXIT_FAIL_ENTRY, KVM_EXIT_HLT, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_IO, KVM_EXIT_IO_IN,
     KVM_EXIT_MMIO, KVM_EXIT_SHUTDOWN, KVM_EXIT_SYSTEM_EVENT, Msrs, kvm_cpuid_entry2,
@@ -101,6 +102,7 @@ impl ImmediateExit {
 pub struct Vcpu {
     fd: VcpuFd,
     immediate_exit: ImmediateExit,
+    collected: Option<Arc<Mutex<()>>>,
 }
 
 impl Drop for Vcpu {
@@ -123,11 +125,17 @@ impl Vcpu {
             .fd()
             .create_vcpu(u64::from(index))
             .map_err(failed("KVM_CREATE_VCPU"))?;
+        let collected = vm.collected();
+        if collected.is_some() {
+            fd.map_coalesced_mmio_ring()
+                .map_err(failed("mapping the ring of collected writes"))?;
+        }
         let byte: *mut u8 = &raw mut fd.get_kvm_run().immediate_exit;
         let byte = RunByte(byte.cast::<AtomicU8>());
         Ok(Vcpu {
             fd,
             immediate_exit: ImmediateExit(Arc::new(Mutex::new(Some(byte)))),
+            collected,
         })
     }
 
@@ -182,17 +190,19 @@ impl Vcpu {
         Ok(())
     }
 
-    /// Enters the guest until it needs us.
+    /// Enters the guest until it needs us. Writes to [`layout::PCI_ADDRESS_PORT`] that KVM collected go to
+    /// `late` before the access that they are for.
     ///
     /// # Errors
     /// `KVM_RUN` itself failed: the vCPU cannot go on.
-    pub fn run(&mut self) -> Result<Exit<'_>, Errno> {
+    pub fn run(&mut self, late: impl FnMut(u16, &[u8])) -> Result<Exit<'_>, Errno> {
         if let Err(cause) = self.fd.run() {
             return match cause.errno() {
                 libc::EINTR | libc::EAGAIN => Ok(Exit::Interrupted),
                 errno => Err(Errno::from_raw_os_error(errno)),
             };
         }
+        self.deliver_collected(late);
         let run = self.fd.get_kvm_run();
         // SAFETY: `exit_reason` says which part of the union the kernel filled.
         unsafe {
@@ -215,6 +225,27 @@ impl Vcpu {
                 }),
                 other => Ok(Exit::Other(other)),
             }
+        }
+    }
+}
+
+impl Vcpu {
+    fn deliver_collected(&mut self, mut late: impl FnMut(u16, &[u8])) {
+        let Some(turn) = &self.collected else {
+            return;
+        };
+        let run = self.fd.get_kvm_run();
+        // SAFETY: the exit reason says that this part of the union is filled.
+        let is_pci = run.exit_reason == KVM_EXIT_IO
+            && layout::PCI_PORTS.contains(unsafe { &run.__bindgen_anon_1.io.port });
+        if !is_pci {
+            return;
+        }
+        // The ring is one for all vCPUs.
+        let _turn = turn.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Ok(Some(write)) = self.fd.coalesced_mmio_read() {
+            let bytes = (write.len as usize).min(write.data.len());
+            late(write.phys_addr as u16, &write.data[..bytes]);
         }
     }
 }

@@ -5,9 +5,9 @@ use super::{KvmError, failed};
 use crate::layout;
 use capsid_devices::GuestMemory;
 use kvm_bindings::{KVM_MSI_VALID_DEVID, kvm_msi, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VmFd};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::io::Errno;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -18,6 +18,8 @@ const CREATE_VM_TRIES: u32 = 8;
 #[derive(Clone)]
 pub struct Vm {
     fd: Arc<VmFd>,
+    /// Held by the vCPU that empties the ring of collected writes, if this KVM collects any.
+    collected: Option<Arc<Mutex<()>>>,
     /// Keeps the memory mapped as long as KVM may write to it.
     _memory: GuestMemory,
 }
@@ -33,8 +35,17 @@ impl Vm {
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(failed("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
+        let collects = kvm.check_extension(Cap::CoalescedPio);
+        if collects {
+            // Each access to configuration space is a write here and an access to the data register: without
+            // the exit of the write, finding the PCI devices costs a guest half.
+            let address = IoEventAddress::Pio(layout::PCI_ADDRESS_PORT);
+            fd.register_coalesced_mmio(address, layout::PCI_ADDRESS_BYTES)
+                .map_err(failed("KVM_REGISTER_COALESCED_MMIO"))?;
+        }
         Ok(Vm {
             fd: Arc::new(fd),
+            collected: collects.then(Arc::default),
             _memory: memory,
         })
     }
@@ -42,6 +53,11 @@ impl Vm {
     /// The VM's fd, for what `kvm` makes of it.
     pub(super) fn fd(&self) -> &VmFd {
         &self.fd
+    }
+
+    /// What serializes the vCPUs that look at collected writes, if this KVM collects any.
+    pub(super) fn collected(&self) -> Option<Arc<Mutex<()>>> {
+        self.collected.clone()
     }
 
     /// Raises a message signalled interrupt (PCI 3.0, section 6.8.3).
