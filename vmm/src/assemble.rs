@@ -139,7 +139,8 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let channel = match (inherited.owner, &config.vsock) {
         (Some(owner), Some(vsock)) => {
             let dials = &vsock.guest_may_dial;
-            let (channel, device) = OwnerChannel::open(owner, dials, poller.clone(), ends.clone())?;
+            let (channel, device) =
+                OwnerChannel::open(owner, dials, poller.clone(), ends.clone(), phases.clone())?;
             board.add_virtio("virtio-vsock", Box::new(device))?;
             Some(channel)
         }

@@ -10,13 +10,14 @@
 
 use crate::end::{End, Ends};
 use crate::machine::PowerOff;
+use crate::record::Phases;
 use capsid_devices::event::{EventLoop, Interest, Readiness, Subscriber};
 use capsid_devices::virtio::device::DeviceError;
 use capsid_devices::vsock::{HostSide, VsockDevice, VsockHandle, VsockState};
 use capsid_protocol::exit::VmmExit;
 use capsid_protocol::machine::GuestDial;
 use capsid_protocol::vsock::{
-    AGENT_STREAM_PORT, BadOwnerMessage, GUEST_CID, OwnerMessage, StreamHeader,
+    AGENT_RPC_PORT, AGENT_STREAM_PORT, BadOwnerMessage, GUEST_CID, OwnerMessage, StreamHeader,
 };
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_type;
@@ -108,6 +109,7 @@ impl OwnerChannel {
         guest_may_dial: &[GuestDial],
         event_loop: Arc<dyn EventLoop>,
         ends: Ends,
+        phases: Phases,
     ) -> Result<(OwnerChannel, VsockDevice), ChannelError> {
         if socket_type(&socket) != Ok(SocketType::SEQPACKET) {
             return Err(ChannelError::NotSeqpacket);
@@ -116,6 +118,7 @@ impl OwnerChannel {
         let dialer = Dialer {
             socket: Arc::clone(&socket),
             left: guest_may_dial.to_vec(),
+            phases,
         };
         let device = VsockDevice::new(
             VsockState::fresh(GUEST_CID),
@@ -178,6 +181,8 @@ struct Dialer {
     socket: Arc<OwnedFd>,
     /// The listed ports and how many connections each may still make.
     left: Vec<GuestDial>,
+    /// Where the agent's first word is noted.
+    phases: Phases,
 }
 
 impl HostSide for Dialer {
@@ -188,6 +193,9 @@ impl HostSide for Dialer {
         // A channel that is full or closed: the guest is refused, and the connection not counted.
         send_accepted(self.socket.as_fd(), port, &owner).ok()?;
         listed.connections = left;
+        if port == AGENT_RPC_PORT {
+            self.phases.ended("agent");
+        }
         Some(guest)
     }
 }

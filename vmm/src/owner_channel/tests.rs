@@ -29,7 +29,13 @@ impl Pair {
             .collect();
         let (ours, owner) = seqpacket_pair();
         let (poller, ends) = (Arc::new(Poller::new().unwrap()), Ends::new().unwrap());
-        let opened = OwnerChannel::open(ours, &dials, poller.clone(), ends.clone());
+        let opened = OwnerChannel::open(
+            ours,
+            &dials,
+            poller.clone(),
+            ends.clone(),
+            crate::record::Phases::default(),
+        );
         let (channel, device) = opened.unwrap();
         let mut driver = Driver::up(Box::new(device), 0);
         for _ in 0..64 {
@@ -277,7 +283,7 @@ fn the_word_to_power_off_reaches_the_agents_stream_port() {
 fn a_socket_of_another_kind_is_refused() {
     let (ours, _owner) = stream_pair().unwrap();
     let (poller, ends) = (Arc::new(Poller::new().unwrap()), Ends::new().unwrap());
-    let refused = OwnerChannel::open(ours, &[], poller, ends);
+    let refused = OwnerChannel::open(ours, &[], poller, ends, crate::record::Phases::default());
     let error = refused.err().expect("refused");
     assert_eq!(error.exit(), VmmExit::BadConfig);
 }
