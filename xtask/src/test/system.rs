@@ -5,6 +5,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::count::Count;
 use crate::artifacts::{self, Artifacts};
@@ -29,6 +30,8 @@ const HARNESS_FLAG: &str = "--test-threads=1";
 
 /// So many testbeds at once at most: each takes 3 GiB of memory.
 const TESTBEDS_MAX: usize = 4;
+/// A share that takes longer hangs: all tests together take a quarter of it on two idle cores.
+const SHARE_LIMIT_S: u64 = 50 * 60;
 /// A line is passed on in pieces of this size; one so long is no result of the harness's.
 const LINE_MAX_BYTES: usize = 4096;
 
@@ -101,6 +104,7 @@ fn one_share(
         items: artifacts.items(),
         variables: artifacts.variables_inside(),
         words,
+        limit: Some(Duration::from_secs(SHARE_LIMIT_S)),
         ..Order::new(Mode::Plain)
     };
     testbed::execute_into(context, order, outputs).map_err(|error| crate::chain(error.as_ref()))
