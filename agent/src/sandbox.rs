@@ -415,10 +415,13 @@ impl Sandbox {
     /// Kills every container. For the end of the machine: nothing is reported.
     pub async fn kill_all(&self) {
         let capsid = self.places.cgroup_root.join("capsid");
-        let killed = blocking(move || {
-            let all = std::fs::write(capsid.join("cgroup.kill"), "1");
-            all.map_err(io_error("killing all containers"))
-        });
+        let killed = blocking(
+            move || match std::fs::write(capsid.join("cgroup.kill"), "1") {
+                // There never was a container.
+                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+                all => all.map_err(io_error("killing all containers")),
+            },
+        );
         if let Err(e) = killed.await {
             last_words::warn(&chain(&e));
         }
