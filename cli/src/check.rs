@@ -293,6 +293,7 @@ fn boot(args: &MachineArgs, abort: &Abort) -> Result<(StartSandboxResponse, Dura
     let guest = agent.start_sandbox("check")?;
     let took = started.elapsed();
     agent.power_off()?;
+    drop(agent); // the agent waits with the end until its host has hung up
     let limit = Duration::from_millis(POWER_OFF_TIMEOUT_MS);
     match news.recv_timeout(limit) {
         Ok(_) => Ok((guest, took)),

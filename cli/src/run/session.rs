@@ -519,6 +519,8 @@ fn make_calls(agent: &Agent, id: &str, calls: &mpsc::Receiver<Call>, sender: &mp
             Call::PowerOff => {
                 // The session may be over.
                 let _nobody_listens = sender.send(Event::PowerOff(agent.power_off()));
+                // The agent waits with the end until its host has hung up: this handle is the last.
+                return;
             }
         }
     }
