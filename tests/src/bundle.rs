@@ -49,7 +49,10 @@ pub fn unpack_busybox(rootfs: &Path) {
         let mut archive = tar::Archive::new(archive.as_slice());
         for entry in archive.entries().ok()? {
             let mut entry = entry.ok()?;
-            if entry.path().ok()?.to_str() == Some(name) {
+            let path = entry.path().ok()?;
+            let same = path.strip_prefix("./").unwrap_or(&path).to_str() == Some(name);
+            drop(path);
+            if same {
                 let mut bytes = Vec::new();
                 std::io::Read::read_to_end(&mut entry, &mut bytes).ok()?;
                 return Some(bytes);
