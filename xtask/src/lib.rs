@@ -4,6 +4,7 @@
 //! Depends on no room of the workspace: it builds and runs their programs.
 
 pub mod artifacts;
+pub mod bench;
 pub mod cache;
 pub mod command;
 pub mod deps;

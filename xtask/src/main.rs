@@ -8,7 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use xtask::testbed::{self, Testbed};
-use xtask::{deps, interrupt, kernel, run, test};
+use xtask::{bench, deps, interrupt, kernel, run, test};
 
 /// Build, run and test Capsid. Whatever takes long is kept in /var/cache/capsid (CAPSID_CACHE names another place).
 /// CAPSID_KERNEL names a guest kernel to use instead of building ours.
@@ -21,6 +21,9 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Xtask {
+    /// Figures from the metered testbed, whose clock counts instructions
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Check the arrows between the rooms, and that the shared crates are there in one version
     Deps,
     /// Build the guest kernel, or find it in the cache; prints the path of vmlinux
@@ -51,6 +54,7 @@ fn main() -> ExitCode {
 
 fn dispatch(subcommand: &Xtask) -> Result<ExitCode, Box<dyn Error>> {
     match subcommand {
+        Xtask::Bench(bench) => bench::run(bench, &workspace()),
         Xtask::Deps => Ok(deps::run(&workspace())?),
         Xtask::Kernel(options) => Ok(kernel::run(&workspace(), options)?),
         Xtask::Run(arguments) => run::run(arguments, &workspace()),

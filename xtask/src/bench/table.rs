@@ -31,7 +31,11 @@ pub struct NoResult {
 pub fn parse(text: &str) -> Result<Vec<Row>, NoResult> {
     text.lines()
         .filter(|line| !line.trim().is_empty())
-        .map(|line| row(line).ok_or_else(|| NoResult { line: line.to_owned() }))
+        .map(|line| {
+            row(line).ok_or_else(|| NoResult {
+                line: line.to_owned(),
+            })
+        })
         .collect()
 }
 
@@ -61,7 +65,10 @@ pub fn table(rows: &[Row]) -> String {
     let mut out = String::new();
     let (ours, whole): (Vec<&Row>, Vec<&Row>) =
         rows.iter().partition(|row| row.phase.starts_with("vmm:"));
-    line(&mut out, ["system", "phase", "median", "min", "max", "ratio", "exits"]);
+    line(
+        &mut out,
+        ["system", "phase", "median", "min", "max", "ratio", "exits"],
+    );
     for row in &whole {
         let base = whole
             .iter()
@@ -72,13 +79,28 @@ pub fn table(rows: &[Row]) -> String {
             _ => "-".to_owned(),
         };
         let exits: u64 = row.exits.iter().map(|(_, count)| count).sum();
-        let exits = if row.exits.is_empty() { "-".to_owned() } else { exits.to_string() };
+        let exits = if row.exits.is_empty() {
+            "-".to_owned()
+        } else {
+            exits.to_string()
+        };
         let times = [
             milliseconds(median(row)),
             milliseconds(row.samples.first().copied()),
             milliseconds(row.samples.last().copied()),
         ];
-        line(&mut out, [&row.system, &row.phase, &times[0], &times[1], &times[2], &ratio, &exits]);
+        line(
+            &mut out,
+            [
+                &row.system,
+                &row.phase,
+                &times[0],
+                &times[1],
+                &times[2],
+                &ratio,
+                &exits,
+            ],
+        );
     }
     profile(&mut out, &ours);
     reasons(&mut out, &whole);
@@ -93,21 +115,39 @@ fn profile(out: &mut String, rows: &[&Row]) {
     out.push_str("\nwithin capsid-vmm, each phase from the end of the one before:\n");
     for row in rows {
         let phase = row.phase.trim_start_matches("vmm:");
-        line(out, [&row.system, phase, &milliseconds(median(row)), "", "", "", ""]);
+        line(
+            out,
+            [
+                &row.system,
+                phase,
+                &milliseconds(median(row)),
+                "",
+                "",
+                "",
+                "",
+            ],
+        );
     }
 }
 
 fn reasons(out: &mut String, rows: &[&Row]) {
     out.push_str("\nexits to userspace in one run, by reason:\n");
-    for row in rows.iter().filter(|row| row.phase == "exit" && !row.exits.is_empty()) {
-        let reasons: Vec<String> =
-            row.exits.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
+    for row in rows
+        .iter()
+        .filter(|row| row.phase == "exit" && !row.exits.is_empty())
+    {
+        let reasons: Vec<String> = row
+            .exits
+            .iter()
+            .map(|(reason, count)| format!("{reason} {count}"))
+            .collect();
         let _infallible = writeln!(out, "{:<20} {}", row.system, reasons.join(", "));
     }
 }
 
 fn line(out: &mut String, [system, phase, median, min, max, ratio, exits]: [&str; 7]) {
-    let text = format!("{system:<20} {phase:<8} {median:>10} {min:>10} {max:>10} {ratio:>6} {exits:>6}");
+    let text =
+        format!("{system:<20} {phase:<8} {median:>10} {min:>10} {max:>10} {ratio:>6} {exits:>6}");
     out.push_str(text.trim_end());
     out.push('\n');
 }
@@ -132,17 +172,36 @@ mod tests {
     #[test]
     fn a_table_has_medians_ratios_and_exits() {
         let table = table(&parse(LINES).expect("results"));
-        let words: Vec<Vec<&str>> =
-            table.lines().map(|line| line.split_whitespace().collect()).collect();
+        let words: Vec<Vec<&str>> = table
+            .lines()
+            .map(|line| line.split_whitespace().collect())
+            .collect();
         assert_eq!(
             words[1],
-            ["capsid-vmm", "(same)", "init", "2.00", "ms", "1.00", "ms", "3.00", "ms", "1.00", "7"]
+            [
+                "capsid-vmm",
+                "(same)",
+                "init",
+                "2.00",
+                "ms",
+                "1.00",
+                "ms",
+                "3.00",
+                "ms",
+                "1.00",
+                "7"
+            ]
         );
         assert_eq!(
             words[2],
-            ["runc", "init", "4.00", "ms", "4.00", "ms", "4.00", "ms", "2.00", "-"]
+            [
+                "runc", "init", "4.00", "ms", "4.00", "ms", "4.00", "ms", "2.00", "-"
+            ]
         );
-        assert!(words.contains(&vec!["capsid-vmm", "(same)", "kvm", "0.50", "ms"]), "{table}");
+        assert!(
+            words.contains(&vec!["capsid-vmm", "(same)", "kvm", "0.50", "ms"]),
+            "{table}"
+        );
     }
 
     #[test]
