@@ -96,7 +96,7 @@ fn boot(options: &Boot, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
         out: Box::new(collected.clone()),
         err: Box::new(io::stderr()),
     };
-    let code = testbed::execute_into(&context, order, None, outputs)?;
+    let code = testbed::execute_into(&context, order, outputs)?;
     let text = collected.text();
     if options.json {
         print!("{text}");

@@ -3,6 +3,8 @@
 //! A room is a directory of the workspace's root. An arrow that is not in `ARROWS` fails the check, whether it is a normal, a
 //! build or a test dependency: a new one is a decision (docs/ARCHITECTURE.md), not a line in a manifest.
 
+mod unsafety;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
@@ -33,6 +35,12 @@ pub enum DepsError {
     /// `cargo metadata` said no; it told why on stderr.
     #[error("`cargo metadata` ended with {0}")]
     Metadata(String),
+    /// `git ls-files` said no; it told why on stderr.
+    #[error("`git ls-files` ended with {0}")]
+    Git(String),
+    /// A source file or the page that lists the unsafe modules.
+    #[error("reading the sources for unsafe modules")]
+    Read(#[source] std::io::Error),
     /// Its answer is not what it used to be.
     #[error("reading the answer of `cargo metadata`")]
     Parse(#[from] serde_json::Error),
@@ -75,12 +83,14 @@ struct Dep {
 /// # Errors
 /// The check could not be made.
 pub fn run(workspace: &Path) -> Result<ExitCode, DepsError> {
-    let faults = faults(&metadata(workspace)?);
+    let mut faults = faults(&metadata(workspace)?);
+    let unsafety = unsafety::faults(workspace, &sources(workspace)?);
+    faults.extend(unsafety.map_err(DepsError::Read)?);
     for fault in &faults {
         println!("deps: {fault}");
     }
     if faults.is_empty() {
-        println!("deps: every arrow is an allowed one");
+        println!("deps: every arrow is an allowed one, every unsafe module a listed one");
         return Ok(ExitCode::SUCCESS);
     }
     Ok(ExitCode::FAILURE)
@@ -96,6 +106,22 @@ fn metadata(workspace: &Path) -> Result<Metadata, DepsError> {
         return Err(DepsError::Metadata(command::end(status)));
     }
     Ok(serde_json::from_slice(&output)?)
+}
+
+/// The Rust files that git tracks, but for those of this check.
+fn sources(workspace: &Path) -> Result<Vec<String>, DepsError> {
+    let mut command = Command::new("git");
+    command.args(["ls-files", "*.rs"]).current_dir(workspace);
+    let (status, output) = command::query(&mut command)?;
+    if !status.success() {
+        return Err(DepsError::Git(command::end(status)));
+    }
+    let names = String::from_utf8_lossy(&output);
+    Ok(names
+        .lines()
+        .filter(|name| !name.starts_with("xtask/src/deps"))
+        .map(str::to_owned)
+        .collect())
 }
 
 /// Each fault as a sentence.
