@@ -17,7 +17,7 @@ use crate::progress::Step;
 use crate::testbed::saved::Context;
 
 /// Raise when the recipe below changes.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 /// Empty directories of the image.
 const DIRECTORIES: [&str; 8] = ["dev", "etc", "home", "proc", "root", "sys", "tmp", "var"];
 const PASSWD: &str = "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n";
@@ -73,7 +73,7 @@ fn make(step: &Step, dir: &Path) -> Result<(), Box<dyn Error>> {
     furnish(&root, &unpacked)?;
 
     let layer = archive.join("layer.tar");
-    step.run(&mut tar(&root, &layer))?;
+    step.run(&mut tar(&root, &layer)?)?;
     let diff_id = format!("sha256:{}", KeyBuilder::plain_sha256(&layer)?);
     let config = json!({
         "architecture": "amd64", "os": "linux", "created": "1970-01-01T00:00:00Z",
@@ -83,13 +83,17 @@ fn make(step: &Step, dir: &Path) -> Result<(), Box<dyn Error>> {
     let manifest = json!([{ "Config": "config.json", "RepoTags": ["capsid/busybox:latest"], "Layers": ["layer.tar"] }]);
     std::fs::write(archive.join("config.json"), config.to_string())?;
     std::fs::write(archive.join("manifest.json"), manifest.to_string())?;
-    step.run(&mut tar(&archive, &dir.join("busybox.tar")))?;
+    step.run(&mut tar(&archive, &dir.join("busybox.tar"))?)?;
     std::fs::remove_dir_all(&work)?;
     Ok(())
 }
 
-/// The same tree gives the same bytes.
-fn tar(root: &Path, to: &Path) -> Command {
+/// The same tree gives the same bytes. Names are plain, as `docker save` writes them, without a `./` in front.
+fn tar(root: &Path, to: &Path) -> Result<Command, Box<dyn Error>> {
+    let mut names = std::fs::read_dir(root)?
+        .map(|entry| entry.map(|entry| entry.file_name()))
+        .collect::<Result<Vec<_>, _>>()?;
+    names.sort();
     let mut command = Command::new("tar");
     command.args([
         "--sort=name",
@@ -99,8 +103,8 @@ fn tar(root: &Path, to: &Path) -> Command {
         "--numeric-owner",
         "-C",
     ]);
-    command.arg(root).arg("-cf").arg(to).arg(".");
-    command
+    command.arg(root).arg("-cf").arg(to).arg("--").args(names);
+    Ok(command)
 }
 
 fn furnish(root: &Path, unpacked: &Path) -> Result<(), Box<dyn Error>> {
@@ -154,5 +158,15 @@ mod tests {
             applets("bin/ash\nbin/busybox\n\nusr/bin/awk\n/etc/x\n../y\n"),
             ["bin/ash", "usr/bin/awk"]
         );
+    }
+
+    #[test]
+    fn names_in_the_archive_are_plain_and_sorted() {
+        let dir = std::env::temp_dir().join(format!("xtask-image-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("b")).expect("dir");
+        std::fs::write(dir.join("a"), "1").expect("file");
+        let line = crate::command::shown(&tar(&dir, Path::new("/t")).expect("read"));
+        std::fs::remove_dir_all(&dir).expect("remove");
+        assert!(line.ends_with(" -cf /t -- a b"), "{line}");
     }
 }
