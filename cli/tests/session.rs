@@ -303,6 +303,12 @@ fn an_agent_that_hangs_up_or_sends_garbage_is_255() {
 }
 
 #[test]
+fn an_output_that_the_guest_never_ends_does_not_hold_the_exit() {
+    let stderr = ends(&run("agent", &[], &["hold-output"]), 0);
+    one_line(&stderr, "did not end its output");
+}
+
+#[test]
 fn json_tells_exit_phases_and_the_guest() {
     let stderr = ends(&run("agent", &["--json"], &["exit", "5"]), 5);
     let told: Value = serde_json::from_str(stderr.lines().last().expect("a line")).expect("JSON");

@@ -217,3 +217,55 @@ fn a_path_that_is_not_there_is_named() {
     let error = open_path(&scratch, Path::new("/no/such.tar")).expect_err("not there");
     assert!(error.to_string().contains("/no/such.tar"));
 }
+
+#[test]
+fn a_full_disk_is_said_and_leaves_nothing() {
+    let scratch = Scratch::new("image");
+    let layer = TarMaker::default().file("big", &[7; 1 << 20]).done();
+    let path = scratch.path().join("image.tar");
+    fs::write(&path, archive(&[layer])).expect("writable");
+    let directory = scratch.path().join("cache");
+    fs::create_dir(&directory).expect("writable");
+    // The small disk is seen by this thread alone, and gone with it.
+    let full = std::thread::spawn(move || {
+        use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("root");
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        mount_change("/", private).expect("root");
+        mount(
+            "small",
+            &directory,
+            "tmpfs",
+            MountFlags::empty(),
+            Some(c"size=256k"),
+        )
+        .expect("root");
+        let cache = Cache::open(&directory).expect("writable");
+        let error = open(&path, &cache, &Abort::default()).expect_err("the disk is full");
+        for name in ["tmp", "layers"] {
+            let left = fs::read_dir(directory.join(name)).expect("there").count();
+            assert_eq!(left, 0, "nothing is left in {name}");
+        }
+        chain(&error)
+    });
+    let said = full.join().expect("it ends");
+    assert!(
+        said.contains("No space left") && !said.contains('\n'),
+        "{said}"
+    );
+}
+
+#[test]
+fn an_image_given_up_half_way_leaves_nothing() {
+    let scratch = Scratch::new("image");
+    let path = scratch.path().join("image.tar");
+    fs::write(&path, archive(&[one_layer()])).expect("writable");
+    let cache = Cache::open(&scratch.path().join("cache")).expect("writable");
+    let abort = Abort::default();
+    abort.raise(2);
+    assert!(open(&path, &cache, &abort).is_err());
+    for name in ["tmp", "layers"] {
+        let directory = scratch.path().join("cache").join(name);
+        assert_eq!(fs::read_dir(directory).expect("there").count(), 0);
+    }
+}

@@ -30,8 +30,8 @@ use std::time::{Duration, Instant};
 const AGENT_READY_TIMEOUT_MS: u64 = 300_000;
 /// How long an output may stand still after the command's exit, in ms, while nobody keeps us from writing.
 const DRAIN_IDLE_MS: u64 = 30_000;
-/// How long the guest may take to power off, in ms; longer than the VMM's own grace.
-const STOP_TIMEOUT_MS: u64 = 30_000;
+/// How long the guest may take to power off, in ms; longer than the VMM's own grace, and an emulated host is slow.
+const STOP_TIMEOUT_MS: u64 = 120_000;
 /// How long after the agent was lost its VMM may take to say why, in ms.
 const LOST_GRACE_MS: u64 = 10_000;
 /// How long an output may stand still after the VMM's end, in ms.

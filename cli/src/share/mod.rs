@@ -143,10 +143,13 @@ fn mount_all(plan: &Plan) -> Result<Share, ShareError> {
         Root::Directory {
             path,
             read_only: false,
-        } => clone_tree(CWD, path).map_err(root_error(path))?,
+        } => {
+            // Opened as a directory first: a file can be cloned as well.
+            open_at(CWD, path).map_err(root_error(path))?;
+            clone_tree(CWD, path).map_err(root_error(path))?
+        }
         Root::Directory { path, .. } => {
-            let directory = std::fs::canonicalize(path).map_err(root_error(path))?;
-            overlay(&[directory], plan.host_memory_bytes)?
+            overlay(std::slice::from_ref(path), plan.host_memory_bytes)?
         }
     };
     let tree = tmpfs(TREE_MAX_BYTES, 4096).map_err(step("mount the share's tmpfs"))?;

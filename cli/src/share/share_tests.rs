@@ -152,16 +152,16 @@ fn a_device_of_the_tree_cannot_be_opened_on_the_host() {
 }
 
 #[test]
-fn a_rootfs_that_is_not_there_is_named() {
-    let path = PathBuf::from("/no/such/root");
-    for read_only in [false, true] {
-        let root = Root::Directory {
-            path: path.clone(),
-            read_only,
-        };
-        let error = make(&plan(root, vec![]))
-            .expect_err("not there")
-            .to_string();
-        assert!(error.contains("/no/such/root"), "{error}");
+fn a_rootfs_that_is_not_there_or_no_directory_is_named() {
+    for path in ["/no/such/root", "/etc/passwd"] {
+        for read_only in [false, true] {
+            let root = Root::Directory {
+                path: path.into(),
+                read_only,
+            };
+            let error = make(&plan(root, vec![])).expect_err("no directory");
+            assert!(matches!(error, ShareError::Root { .. }), "{error:?}");
+            assert!(error.to_string().contains(path), "{error}");
+        }
     }
 }

@@ -13,9 +13,9 @@ use ttrpc::context::{self, Context};
 
 /// How long the agent may take to make or start a container, in ms; an emulated host is some twenty times slower
 /// than a real one, and a guest that is gone is noticed by its VMM and not by this.
-const START_TIMEOUT_MS: u64 = 120_000;
-/// How long it may take over a signal or a new size, in ms.
-const CONTROL_TIMEOUT_MS: u64 = 10_000;
+const START_TIMEOUT_MS: u64 = 300_000;
+/// How long it may take over a signal, a new size or the way to its power-off, in ms.
+const CONTROL_TIMEOUT_MS: u64 = 60_000;
 /// The largest exit status there is.
 const EXIT_MAX: u32 = 255;
 
