@@ -22,6 +22,10 @@ const ALWAYS: &[&str] = &[
     "cryptomgr.notests",
     // Seed from RDRAND until virtio-rng is there; the host sees all memory anyway.
     "random.trust_cpu=1",
+    // Drivers that are built in would put tunl0, dummy0 and ifb0 next to a pod's eth0.
+    "fb_tunnels=none",
+    "dummy.numdummies=0",
+    "ifb.numifbs=0",
     // Waiting for a grace period is most of what a boot waits for.
     "rcupdate.rcu_expedited=1",
 ];
