@@ -1,8 +1,8 @@
 //! An agent as an ordinary root process, driven over unix sockets as its host drives it over vsock.
 //!
 //! It needs root, cgroup v2 and a static busybox (`CAPSID_BUSYBOX`, else /bin/busybox): without them a
-//! test says loudly, by name, that it did not run. `CAPSID_AGENT` names the program where it is not where
-//! cargo built it.
+//! test says loudly, by name, that it did not run. `CAPSID_AGENT` names the program; else it is
+//! the one that cargo built, or, on another machine, the one on PATH.
 
 use capsid_protocol::agent::{
     AgentClient, ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest,
@@ -65,6 +65,16 @@ fn busybox() -> PathBuf {
     std::env::var_os("CAPSID_BUSYBOX").map_or_else(|| "/bin/busybox".into(), PathBuf::from)
 }
 
+/// The agent under test: the named one, else where cargo built it, else the installed one.
+fn program() -> PathBuf {
+    let built = Path::new(env!("CARGO_BIN_EXE_capsid-agent"));
+    match std::env::var_os("CAPSID_AGENT") {
+        Some(named) => named.into(),
+        None if built.exists() => built.into(),
+        None => "capsid-agent".into(),
+    }
+}
+
 fn missing() -> Option<&'static str> {
     if !rustix::process::geteuid().is_root() {
         return Some("root");
@@ -92,9 +102,7 @@ impl Guest {
         fs::create_dir_all(directory.join("run")).expect("a directory");
         make_rootfs(&directory.join("rootfs"));
         let rpc = UnixListener::bind(directory.join("rpc")).expect("a listener");
-        let program = std::env::var_os("CAPSID_AGENT");
-        let program = program.unwrap_or_else(|| env!("CARGO_BIN_EXE_capsid-agent").into());
-        let agent = Command::new(program)
+        let agent = Command::new(program())
             .arg("serve")
             .args(["rpc", "streams", "run"].map(|name| directory.join(name)))
             .spawn()
