@@ -341,6 +341,21 @@ fn the_spec_names_no_path_of_the_host() {
 }
 
 #[test]
+fn a_missing_working_directory_is_made_inside_the_root() {
+    let scratch = Scratch::new();
+    let output = capsid(&scratch, "agent", &["-w", "/made/for/me"], &["exit", "0"])
+        .output()
+        .expect("it runs");
+    ends(&output, 0);
+    assert!(scratch.0.join("root/made/for/me").is_dir());
+    fs::write(scratch.0.join("root/file"), "").expect("writable");
+    let output = capsid(&scratch, "agent", &["-w", "/file"], &["exit", "0"])
+        .output()
+        .expect("it runs");
+    one_line(&ends(&output, 125), "working directory /file");
+}
+
+#[test]
 fn flags_that_cannot_be_are_refused_in_one_line() {
     for (flags, word) in [
         (&["--memory", "12Q"][..], "12Q"),

@@ -126,15 +126,26 @@ impl Tree {
     /// # Errors
     /// A component is no directory, or a link that leads nowhere.
     pub(crate) fn parent(&self, path: &Below) -> io::Result<OwnedFd> {
-        let parents = path.parents();
+        self.directories(path.parents())
+    }
+
+    /// The directory `path` itself, made in the same way.
+    ///
+    /// # Errors
+    /// As for [`Tree::parent`].
+    pub(crate) fn directory(&self, path: &Below) -> io::Result<OwnedFd> {
+        self.directories(&path.0)
+    }
+
+    fn directories(&self, all: &[Vec<u8>]) -> io::Result<OwnedFd> {
         let directory = OFlags::PATH | OFlags::DIRECTORY;
-        match self.open_names(parents, directory) {
+        match self.open_names(all, directory) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             found => return found,
         }
         let mut parent = self.open_names(&[], directory)?;
-        for end in 1..=parents.len() {
-            let names = parents.get(..end).unwrap_or_default();
+        for end in 1..=all.len() {
+            let names = all.get(..end).unwrap_or_default();
             parent = match self.open_names(names, directory) {
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {
                     let name = names.last().map(Vec::as_slice).unwrap_or_default();

@@ -15,6 +15,7 @@ use crate::abort::{Abort, Aborted};
 use crate::args::RunArgs;
 use crate::host::{self, KvmError};
 use crate::image::cache::{Cache, CacheError, DEFAULT_DIRECTORY};
+use crate::image::tree::{Below, Tree};
 use crate::image::{self, ImageError};
 use crate::quantity::{self, QuantityError};
 use crate::share::{self, Plan, Root, Share, ShareError};
@@ -73,6 +74,15 @@ pub(crate) enum RunError {
     /// The spec.
     #[error(transparent)]
     Spec(#[from] SpecError),
+    /// The working directory cannot be made.
+    #[error("cannot make the working directory {path}")]
+    Cwd {
+        /// Its path in the container.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        cause: io::Error,
+    },
     /// The container's accounts.
     #[error(transparent)]
     User(#[from] UserError),
@@ -298,5 +308,19 @@ fn make_spec(
         Source::Directory(_) => spec::of_image(&plain, wishes, volumes, &accounts)?,
         Source::Bundle(bundle) => spec::of_bundle(bundle, wishes, volumes, &accounts)?,
     };
+    let cwd = spec.process().as_ref().map(|process| process.cwd().clone());
+    make_cwd(&rootfs, &cwd.unwrap_or_default())?;
     Ok(spec::to_json(&spec)?)
+}
+
+/// Makes a working directory that is missing, as docker does before it starts a container.
+fn make_cwd(rootfs: &Tree, cwd: &Path) -> Result<(), RunError> {
+    let below = Below::new(cwd.as_os_str().as_encoded_bytes()).map_err(io::Error::other);
+    below
+        .and_then(|below| rootfs.directory(&below))
+        .map(drop)
+        .map_err(|cause| RunError::Cwd {
+            path: cwd.to_owned(),
+            cause,
+        })
 }
