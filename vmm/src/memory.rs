@@ -14,12 +14,16 @@ use capsid_protocol::machine::MemoryMib;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 /// Size and alignment of a huge page of x86-64, in bytes.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Size of a page, in bytes.
+pub const PAGE_BYTES: u64 = 4096;
 
 /// Why the guest's memory could not be set up.
 #[derive(Debug, thiserror::Error)]
@@ -84,6 +88,36 @@ pub fn map(size: MemoryMib) -> Result<GuestMemory, MemoryError> {
     match GuestMemoryMmap::from_regions(regions) {
         Ok(memory) => Ok(Arc::new(memory)),
         Err(_) => Err(MemoryError::Layout { mib }),
+    }
+}
+
+/// Puts whole pages of a file into guest memory without reading them: a private mapping, so that the guest's
+/// writes go to pages of its own and pages that it only reads are the page cache's, shared by all VMs of this
+/// file. A file that is cut short afterwards stops the guest at its next touch of what is gone.
+///
+/// # Errors
+/// A number is not that of a page, the range is not inside one region, or the kernel refused.
+pub fn map_file(
+    memory: &GuestMemory,
+    place: u64,
+    file: &File,
+    offset: u64,
+    bytes: u64,
+) -> Result<(), Errno> {
+    let whole_pages = [place, offset, bytes].iter().all(|n| n % PAGE_BYTES == 0);
+    let length = usize::try_from(bytes).map_err(|_| Errno::INVAL)?;
+    let slice = memory.get_slice(GuestAddress(place), length);
+    let (true, Ok(slice)) = (whole_pages && bytes > 0, slice) else {
+        return Err(Errno::INVAL);
+    };
+    let start = slice.ptr_guard_mut().as_ptr().cast();
+    // SAFETY: the range is a part of one region of guest memory, to its page, and stays mapped throughout:
+    // MAP_FIXED replaces the pages in one step. Nothing in this process holds a reference into guest memory.
+    unsafe {
+        let protection = ProtFlags::READ | ProtFlags::WRITE;
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+        mmap(start, length, protection, flags, file, offset)?;
+        madvise(start, length, Advice::LinuxDontDump)
     }
 }
 
@@ -173,7 +207,8 @@ fn map_region(file: &OwnedFd, offset: u64, bytes: u64) -> Result<MmapRegion, Err
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemory, GuestMemoryRegion};
+    use std::io::Write;
+    use vm_memory::{Bytes, GuestMemoryRegion};
 
     fn mib(mib: u64) -> MemoryMib {
         MemoryMib::try_from(mib).unwrap()
@@ -219,6 +254,42 @@ mod tests {
         );
         refuse_more_than(16_000, mib(16_000)).unwrap();
         assert!(host_mib() > 64);
+    }
+
+    #[test]
+    fn a_mapped_file_is_read_and_written_but_never_changed() {
+        let memory = map(mib(64)).unwrap();
+        let mut file = File::from(memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap());
+        file.write_all(&[7; 8192]).unwrap();
+        map_file(&memory, 0x10_0000, &file, 4096, 4096).unwrap();
+        let place = GuestAddress(0x10_0000);
+        assert_eq!(memory.read_obj::<u8>(place).unwrap(), 7);
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x10_1000)).unwrap(), 0);
+        memory.write_obj(9u8, place).unwrap();
+        assert_eq!(memory.read_obj::<u8>(place).unwrap(), 9);
+        let mut bytes = [0; 1];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 4096).unwrap();
+        assert_eq!(bytes, [7]);
+    }
+
+    #[test]
+    fn parts_of_pages_and_ranges_outside_memory_are_not_mapped() {
+        let memory = map(mib(64)).unwrap();
+        let file = File::from(memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap());
+        for (place, offset, bytes) in [
+            (1, 0, 4096),
+            (0, 1, 4096),
+            (0, 0, 1),
+            (0, 0, 0),
+            (64 << 20, 0, 4096),
+            ((64 << 20) - 4096, 0, 8192),
+            (u64::MAX - 4095, 0, 8192),
+        ] {
+            assert_eq!(
+                map_file(&memory, place, &file, offset, bytes),
+                Err(Errno::INVAL)
+            );
+        }
     }
 
     #[test]
