@@ -36,7 +36,7 @@ pub(crate) enum FileError {
     },
     /// Nowhere we look.
     #[error(
-        "no {what} found (looked at {looked}); build it with `cargo xtask kernel` and `cargo xtask build`, or name it with {flag} or ${variable}"
+        "no {what} found (looked at {looked}); `cargo xtask run` builds everything; or name it with {flag} or ${variable}"
     )]
     Nowhere {
         /// Which file.

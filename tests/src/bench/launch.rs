@@ -1,6 +1,6 @@
 //! Starts one system and waits for its first sign and its end.
 
-use super::systems::{Files, MEMORY_MIB, System};
+use super::systems::{CMDLINE, Files, MEMORY_MIB, System};
 use capsid_protocol::machine::{
     CONFIG_VERSION, Cpus, FdNumber, GuestDial, JailConfig, MachineConfig, MemoryMib, SerialConfig,
     VsockConfig,
@@ -90,7 +90,11 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
         memory_mib: MemoryMib::try_from(MEMORY_MIB).map_err(io::Error::other)?,
         kernel_fd: inherited(&kernel)?,
         initramfs_fd: Some(inherited(&initramfs)?),
-        cmdline: String::new(),
+        cmdline: if own {
+            String::new()
+        } else {
+            CMDLINE.to_owned()
+        },
         vsock: own
             .then(|| -> io::Result<VsockConfig> {
                 Ok(VsockConfig {

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 
 /// Guest memory of every VMM, in MiB.
 pub const MEMORY_MIB: u64 = 128;
-/// What every VMM's guest gets besides what the VMM adds itself: no console, reset at once.
-pub const CMDLINE: &str = "reboot=k panic=-1 quiet loglevel=0 8250.nr_uarts=0";
+/// What every VMM's guest gets besides what the VMM adds itself: a serial port on which the kernel says nothing, so that the
+/// first byte is the init's; reset at once.
+pub const CMDLINE: &str = "reboot=k panic=-1 loglevel=0 8250.nr_uarts=1";
 
 /// The files a run needs.
 #[derive(Clone, Debug)]
