@@ -158,6 +158,16 @@ impl Machine {
             .map_err(|cause| self.died_of(&cause))
     }
 
+    /// An error about this machine after its door closed, with how QEMU ended as well. Ends QEMU if it still runs.
+    pub fn lost(&mut self, what: &str) -> MachineError {
+        // A process that is ending by itself keeps the status it ends with.
+        let _ = self.qemu.child.kill();
+        match self.qemu.child.wait() {
+            Ok(status) => self.died(&format!("{what} ({})", command::end(status))),
+            Err(_) => self.died(what),
+        }
+    }
+
     fn died_of(&self, cause: &QmpError) -> MachineError {
         self.died(&cause.to_string())
     }

@@ -222,7 +222,7 @@ fn resumed(
         None
     };
     let code = session::carry(&machine.door, run, input, outputs, signals, order.limit);
-    code.map_err(|error| machine.died(&error.to_string()).into())
+    code.map_err(|error| machine.lost(&error.to_string()).into())
 }
 
 fn order(
