@@ -1,12 +1,12 @@
-//! From a checked spec to a process: its files, its descriptors, the helper's order, and what its report
+//! From a checked spec to a process: its files, its descriptors, the runtime process's order, and what its report
 //! means. Blocking; runs on blocking threads.
 
 use crate::container::{Container, Directories};
 use crate::error::{Result, SandboxError, io_error};
-use crate::helper::message::{Order, Report};
 use crate::last_words;
 use crate::launch::{LaunchError, Launched, Launcher};
 use crate::process::Stdio;
+use crate::runtime::message::{Order, Report};
 use crate::spec::{self, ContainerSpec, ProcessFacts, ProcessSpec};
 use crate::stdio::{self, HostStreams, ProcessEnds};
 use capsid_protocol::exec_error::ExecError;
@@ -29,7 +29,7 @@ pub(crate) fn not_executed(report: Report) -> SandboxError {
     }
 }
 
-/// What the process reported says more than what the helper saw of it.
+/// What the process reported says more than what the runtime process saw of it.
 fn launch_error((error, reports): (LaunchError, Vec<Report>)) -> SandboxError {
     let told = reports
         .into_iter()

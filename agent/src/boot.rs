@@ -167,7 +167,7 @@ fn mount_one(
 }
 
 /// The agent in a cgroup of its own with its memory kept; containers below `capsid`, with every
-/// controller, and together never so many threads that the agent could not start a helper.
+/// controller, and together never so many threads that the agent could not start a runtime process.
 fn cgroups() -> Result<(), BootError> {
     let root = Path::new(CGROUP_ROOT);
     enable_controllers(root)?;
@@ -198,7 +198,7 @@ fn enable_controllers(cgroup: &Path) -> Result<(), BootError> {
     write(cgroup.join("cgroup.subtree_control"), &enable.join(" "))
 }
 
-/// A hard limit that containers inherit; the soft one is set back for them (`helper/mod.rs`).
+/// A hard limit that containers inherit; the soft one is set back for them (`runtime/mod.rs`).
 fn open_files_limit() -> io::Result<()> {
     use nix::sys::resource::{Resource, setrlimit};
     setrlimit(

@@ -1,10 +1,10 @@
-//! The agent's side of the helper: starts it, gives it one order, and has the new process's pid
-//! registered with the reaper before the helper lets go of it. Blocking, with a deadline; runs on
+//! The agent's side of the runtime process: starts it, gives it one order, and has the new process's pid
+//! registered with the reaper before the runtime process lets go of it. Blocking, with a deadline; runs on
 //! blocking threads.
 
-use crate::helper::message::{self, Answer, Order, Report};
-use crate::helper::{self};
 use crate::reaper::{Exit, Reaper};
+use crate::runtime;
+use crate::runtime::message::{self, Answer, Order, Report};
 use crate::stdio::ProcessEnds;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
@@ -16,15 +16,15 @@ use std::process::{Command, Stdio};
 use std::sync::Arc;
 use tokio::sync::oneshot;
 
-/// How long the helper may take between two answers; createContainer hooks run in it.
-const HELPER_TIMEOUT_S: i64 = 60;
+/// How long the runtime process may take between two answers; createContainer hooks run in it.
+const RUNTIME_TIMEOUT_S: i64 = 60;
 
 /// Why there is no new process.
 #[derive(Debug, thiserror::Error)]
 pub enum LaunchError {
-    /// The helper could not be started or spoken to.
+    /// The runtime process could not be started or spoken to.
     #[error("{what}")]
-    Helper {
+    Runtime {
         /// In which step.
         what: &'static str,
         /// errno.
@@ -37,10 +37,10 @@ pub enum LaunchError {
 }
 
 fn failed(what: &'static str) -> impl Fn(io::Error) -> LaunchError {
-    move |cause| LaunchError::Helper { what, cause }
+    move |cause| LaunchError::Runtime { what, cause }
 }
 
-/// Starts helpers.
+/// Starts runtime processes.
 #[derive(Debug)]
 pub struct Launcher {
     program: PathBuf,
@@ -63,7 +63,7 @@ pub struct Launched {
 }
 
 impl Launcher {
-    /// Helpers are `program`, the agent's own binary.
+    /// Runtime processes are `program`, the agent's own binary.
     pub fn new(program: PathBuf, reaper: Arc<Reaper>) -> Launcher {
         Launcher { program, reaper }
     }
@@ -101,7 +101,7 @@ impl Launcher {
         report_end: OwnedFd,
         more: &[&OwnedFd],
     ) -> Result<(i32, OwnedFd, oneshot::Receiver<Exit>, Option<OwnedFd>), LaunchError> {
-        let helper = self.start()?;
+        let runtime = self.start()?;
         let mut fds = vec![
             ends.stdin.as_raw_fd(),
             ends.stdout.as_raw_fd(),
@@ -109,28 +109,28 @@ impl Launcher {
             report_end.as_raw_fd(),
         ];
         fds.extend(more.iter().map(|fd| fd.as_raw_fd()));
-        message::send(&helper.socket, order, &fds)
-            .map_err(failed("giving the helper its order"))?;
+        message::send(&runtime.socket, order, &fds)
+            .map_err(failed("giving the runtime process its order"))?;
         drop(report_end);
         let mut master = None;
         loop {
-            let (answer, fds) = message::receive::<Answer>(&helper.socket)
-                .map_err(failed("waiting for the helper's answer"))?;
+            let (answer, fds) = message::receive::<Answer>(&runtime.socket)
+                .map_err(failed("waiting for the runtime process's answer"))?;
             match answer {
                 Answer::Terminal => master = fds.into_iter().next(),
                 Answer::Failed(text) => return Err(LaunchError::Refused(text)),
                 Answer::Pid(pid) => {
                     let (pidfd, exit) = self.register(pid)?;
-                    // If the helper is gone it has let go of the process already.
-                    let _ = message::send(&helper.socket, &(), &[]);
-                    helper.release();
+                    // If the runtime process is gone it has let go of the process already.
+                    let _ = message::send(&runtime.socket, &(), &[]);
+                    runtime.release();
                     return Ok((pid, pidfd, exit, master));
                 }
             }
         }
     }
 
-    /// The helper is still the process's parent, so this pid is this process, alive or not.
+    /// The runtime process is still the process's parent, so this pid is this process, alive or not.
     fn register(&self, pid: i32) -> Result<(OwnedFd, oneshot::Receiver<Exit>), LaunchError> {
         let named = Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH);
         let exit = self.reaper.watch(pid);
@@ -143,42 +143,43 @@ impl Launcher {
         }
     }
 
-    fn start(&self) -> Result<Helper, LaunchError> {
+    fn start(&self) -> Result<RuntimeProcess, LaunchError> {
         let flags = SockFlag::SOCK_CLOEXEC;
         let pair = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags);
-        let (socket, theirs) = pair.map_err(|e| failed("making the helper's socket")(e.into()))?;
-        let limit = TimeVal::seconds(HELPER_TIMEOUT_S);
+        let (socket, theirs) =
+            pair.map_err(|e| failed("making the runtime process's socket")(e.into()))?;
+        let limit = TimeVal::seconds(RUNTIME_TIMEOUT_S);
         setsockopt(&socket, sockopt::ReceiveTimeout, &limit)
-            .map_err(|e| failed("limiting the helper's time")(e.into()))?;
+            .map_err(|e| failed("limiting the runtime process's time")(e.into()))?;
         let child = Command::new(&self.program)
-            .arg(helper::ARGUMENT)
+            .arg(runtime::ARGUMENT)
             .env_clear()
             .current_dir("/")
             .stdin(theirs)
             .stdout(Stdio::null())
             .stderr(errors_to_kernel_log())
             .spawn()
-            .map_err(failed("starting the helper"))?;
+            .map_err(failed("starting the runtime process"))?;
         // The reaper reaps it. Until it has its order it cannot end but by a fault.
         let id = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
         let pidfd = id.and_then(|id| pidfd_open(id, PidfdFlags::empty()).ok());
-        Ok(Helper { socket, pidfd })
+        Ok(RuntimeProcess { socket, pidfd })
     }
 }
 
-/// A helper at work; dropped without its answer, it is killed.
-struct Helper {
+/// A runtime process at work; dropped without its answer, it is killed.
+struct RuntimeProcess {
     socket: OwnedFd,
     pidfd: Option<OwnedFd>,
 }
 
-impl Helper {
+impl RuntimeProcess {
     fn release(mut self) {
         self.pidfd = None;
     }
 }
 
-impl Drop for Helper {
+impl Drop for RuntimeProcess {
     fn drop(&mut self) {
         if let Some(pidfd) = &self.pidfd {
             // ESRCH: it has ended by itself, which is what is wanted.
@@ -187,7 +188,7 @@ impl Drop for Helper {
     }
 }
 
-/// What a faulty helper prints belongs to the agent's log, never to a container's output.
+/// What a faulty runtime process prints belongs to the agent's log, never to a container's output.
 fn errors_to_kernel_log() -> Stdio {
     if std::process::id() != 1 {
         return Stdio::inherit();

@@ -1,9 +1,9 @@
-//! `capsid-agent`: PID 1 of the guest; with `container-helper`, the agent's helper; with `serve`, the
+//! `capsid-agent`: PID 1 of the guest; with `oci-runtime`, the agent's runtime process; with `serve`, the
 //! same service in an ordinary root process over unix sockets (how it is tested without a VM).
 
 use capsid_agent::sandbox::Places;
 use capsid_agent::transport::Doors;
-use capsid_agent::{boot, helper, last_words, power, serve, system};
+use capsid_agent::{boot, last_words, power, runtime, serve, system};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -11,8 +11,8 @@ fn main() -> ExitCode {
     let started_ns = system::boottime_ns();
     let mut arguments = std::env::args_os().skip(1);
     let first = arguments.next();
-    if first.as_deref() == Some(helper::ARGUMENT.as_ref()) {
-        return helper::main();
+    if first.as_deref() == Some(runtime::ARGUMENT.as_ref()) {
+        return runtime::main();
     }
     last_words::on_panic();
     if std::process::id() == 1 {

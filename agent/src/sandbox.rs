@@ -11,7 +11,7 @@ use crate::events::{Events, OomWatch};
 use crate::last_words::{self, chain};
 use crate::launch::Launcher;
 use crate::pending::PendingStreams;
-use crate::process::{self, Process};
+use crate::process::Process;
 use crate::reaper::{Exit, Reaper};
 use crate::share::Share;
 use crate::spec::{self, ContainerSpec};
@@ -29,7 +29,7 @@ use tokio::sync::Semaphore;
 
 /// Most containers at a time.
 const CONTAINERS_MAX_COUNT: usize = 512;
-/// Helpers at work at a time; fewer than the blocking threads, so that Stats and Signal always have one.
+/// Runtime processes at work at a time; fewer than the blocking threads, so that Stats and Signal always have one.
 pub const LAUNCHES_MAX_COUNT: usize = 8;
 /// How long a created container may take to die when it is deleted.
 const KILL_TIMEOUT_MS: u64 = 10_000;
@@ -37,7 +37,7 @@ const KILL_TIMEOUT_MS: u64 = 10_000;
 /// Where the sandbox lives in its guest.
 #[derive(Clone, Debug)]
 pub struct Places {
-    /// The agent's program, which is also its helper.
+    /// The agent's program, which is also its runtime process.
     pub program: PathBuf,
     /// A tmpfs directory of the agent.
     pub run: PathBuf,
@@ -113,7 +113,7 @@ impl Sandbox {
     /// Creates a container up to, not including, its program.
     ///
     /// # Errors
-    /// A refused id or spec, a missing stream, or what the helper says; nothing is left then.
+    /// A refused id or spec, a missing stream, or what the runtime process says; nothing is left then.
     pub async fn create(self: &Arc<Self>, id: &str, json: &[u8], ids: StreamIds) -> Result<u32> {
         if !is_id(id) {
             return Err(SandboxError::BadId(bounded_id(id)));
@@ -203,7 +203,7 @@ impl Sandbox {
             let Some(report) = report else {
                 return Ok(()); // the table lets one Start through
             };
-            match process::executed(report).await {
+            match container.init.executed(report).await {
                 Ok(()) => Ok(()),
                 Err(why) => {
                     // Already dying, or stuck before its program: the end is the same.
@@ -218,7 +218,7 @@ impl Sandbox {
     /// Adds a process to a running container.
     ///
     /// # Errors
-    /// A refused id or process, a missing stream, or what the helper says; nothing is left then.
+    /// A refused id or process, a missing stream, or what the runtime process says; nothing is left then.
     pub async fn exec(
         self: &Arc<Self>,
         id: &str,
@@ -246,7 +246,7 @@ impl Sandbox {
                 blocking(move || launch_exec(&launcher, &of, &exec_id, checked, streams)).await?;
             let adopted = Process::adopt(launched, stdio);
             let (process, report) = adopted.map_err(io_error("connecting its streams"))?;
-            if let Err(why) = process::executed(report).await {
+            if let Err(why) = process.executed(report).await {
                 let _ = process.signal(Signal::KILL);
                 return Err(not_executed(why));
             }

@@ -7,8 +7,8 @@
 //! given means none, no oom_score_adj means 0 and not the agent's -1000.
 
 use oci_spec::runtime::{
-    Hooks, HooksBuilder, Linux, LinuxCapabilities, LinuxNamespaceType, LinuxResources, Process,
-    Spec,
+    Hooks, HooksBuilder, Linux, LinuxCapabilities, LinuxNamespaceType, LinuxResources, Mount,
+    Process, Spec,
 };
 use std::path::{Component, Path, PathBuf};
 
@@ -79,7 +79,7 @@ pub struct ContainerSpec {
 /// A process that the agent will start.
 #[derive(Debug)]
 pub struct ProcessSpec {
-    /// What the helper gets.
+    /// What the runtime process gets.
     pub process: Process,
     /// What the agent needs of it.
     pub facts: ProcessFacts,
@@ -115,6 +115,7 @@ pub fn container(id: &str, json: &[u8]) -> Result<ContainerSpec, BadSpec> {
     let process = spec.process().clone();
     let checked = process_object(process.ok_or_else(|| refuse("process", "missing"))?)?;
     check_mounts(&spec)?;
+    spec.set_mounts(Some(with_dev(spec.mounts().clone().unwrap_or_default())));
     let linux = spec.linux().clone();
     let linux = guest_linux(id, linux.ok_or_else(|| refuse("linux", "missing"))?)?;
     let own_network = namespace(&linux, LinuxNamespaceType::Network) == Some(true);
@@ -295,6 +296,27 @@ fn check_mounts(spec: &Spec) -> Result<(), BadSpec> {
         plain_path("mounts.destination", mount.destination())?;
     }
     Ok(())
+}
+
+/// The mounts with one on /dev: the device nodes that every container has (OCI runtime-spec, "Default
+/// Devices") cannot be made in the root itself, which is the host's and takes none.
+fn with_dev(mut mounts: Vec<Mount>) -> Vec<Mount> {
+    let dev = Path::new("/dev");
+    if mounts.iter().any(|mount| mount.destination() == dev) {
+        return mounts;
+    }
+    let mut tmpfs = Mount::default();
+    tmpfs.set_destination(dev.to_owned());
+    tmpfs.set_typ(Some("tmpfs".to_owned()));
+    tmpfs.set_source(Some("tmpfs".into()));
+    let options = ["nosuid", "strictatime", "mode=755", "size=65536k"];
+    tmpfs.set_options(Some(options.map(str::to_owned).to_vec()));
+    // Below what it would hide.
+    let first_inside = mounts
+        .iter()
+        .position(|mount| mount.destination().starts_with(dev));
+    mounts.insert(first_inside.unwrap_or(mounts.len()), tmpfs);
+    mounts
 }
 
 /// Absolute, without `..`, bounded, no NUL or newline.

@@ -172,6 +172,24 @@ fn a_relative_mount_destination_is_refused() {
     assert_eq!(refused_field(&config), "mounts.destination");
 }
 
+fn destinations(config: &Value) -> Vec<PathBuf> {
+    let mounts = check(config).expect("taken").spec.mounts().clone();
+    let mounts = mounts.unwrap_or_default();
+    mounts.iter().map(|m| m.destination().clone()).collect()
+}
+
+#[test]
+fn dev_is_a_mount_before_what_lies_in_it() {
+    let mount = |path: &str| json!({"destination": path, "type": "tmpfs", "source": "tmpfs"});
+    let mut config = config();
+    assert_eq!(destinations(&config), [Path::new("/dev")]);
+    config["mounts"] = json!([mount("/devices"), mount("/dev/shm"), mount("/sys")]);
+    let expected = ["/devices", "/dev", "/dev/shm", "/sys"].map(PathBuf::from);
+    assert_eq!(destinations(&config), expected);
+    config["mounts"] = json!([mount("/dev/"), mount("/dev/shm")]);
+    assert_eq!(destinations(&config).len(), 2, "the spec's own is kept");
+}
+
 #[test]
 fn a_shared_mount_namespace_is_refused() {
     let mut config = config();

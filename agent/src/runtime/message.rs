@@ -1,5 +1,5 @@
-//! What the agent and its helper say to each other over a `SOCK_SEQPACKET` pair, and what the process
-//! made by the helper says on its report pipe. JSON records, bounded, descriptors by `SCM_RIGHTS`.
+//! What the agent and its runtime process say to each other over a `SOCK_SEQPACKET` pair, and what the process
+//! made by the runtime process says on its report pipe. JSON records, bounded, descriptors by `SCM_RIGHTS`.
 
 use nix::cmsg_space;
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, UnixAddr, recvmsg, sendmsg};
@@ -15,7 +15,7 @@ pub const TEXT_MAX_BYTES: usize = 1024;
 /// Most descriptors with one record.
 const FDS_MAX_COUNT: usize = 6;
 
-/// What the helper shall do. Descriptors 0, 1, 2 of the new process and its report pipe come with it.
+/// What the runtime process shall do. Descriptors 0, 1, 2 of the new process and its report pipe come with it.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Order {
     /// Make a container from a bundle.
@@ -40,12 +40,12 @@ pub enum Order {
     },
 }
 
-/// What the helper answers, in this order.
+/// What the runtime process answers, in this order.
 #[derive(Debug, Serialize, Deserialize)]
 pub enum Answer {
     /// The terminal's master comes with this.
     Terminal,
-    /// The process exists. The helper stays its parent until this is acknowledged by any record.
+    /// The process exists. The runtime process stays its parent until this is acknowledged by any record.
     Pid(i32),
     /// There is no process.
     Failed(String),

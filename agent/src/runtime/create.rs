@@ -2,7 +2,7 @@
 
 use super::executor::ReportingExecutor;
 use super::message::own;
-use super::{HelperError, ProcessFds, hand_over_terminal, io_error};
+use super::{ProcessFds, RuntimeError, hand_over_terminal, io_error};
 use crate::boot::loopback_up;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::syscall::syscall::SyscallType;
@@ -29,7 +29,7 @@ pub(super) fn create(
     agent: &OwnedFd,
     order: Container,
     fds: ProcessFds,
-) -> Result<i32, HelperError> {
+) -> Result<i32, RuntimeError> {
     let console = match &order.console_socket {
         Some(path) => {
             Some(UnixListener::bind(path).map_err(io_error("making the console socket"))?)
@@ -52,7 +52,7 @@ pub(super) fn create(
         .with_systemd(false)
         .with_detach(true)
         .build()?;
-    let pid = container.pid().ok_or(HelperError::NoPid)?.as_raw();
+    let pid = container.pid().ok_or(RuntimeError::NoPid)?.as_raw();
     if let Some(console) = console {
         let master = receive_master(&console).map_err(io_error("taking the terminal"))?;
         hand_over_terminal(agent, &master)?;

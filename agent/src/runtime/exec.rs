@@ -3,14 +3,14 @@
 //! Not by libcontainer's tenant builder: it leaves the container's seccomp filter out (its tenant spec
 //! has no `linux.seccomp`), and it joins the namespaces by `/proc/<pid>`, where a pid may have come round
 //! again. Here the init is named by its pidfd, one setns(2) enters all its namespaces at once, and the
-//! child is born in the container's cgroup by clone3(2), so this helper itself is never charged to it.
+//! child is born in the container's cgroup by clone3(2), so this runtime process itself is never charged to it.
 //! The parts that are right are libcontainer's: terminal, rlimits, seccomp, user, capabilities.
 #![allow(unsafe_code)] // clone3 into a cgroup has no safe wrapper
 
 use super::create::receive_fd;
 use super::executor::ReportingExecutor;
 use super::message::Report;
-use super::{HelperError, ProcessFds, hand_over_terminal, io_error};
+use super::{ProcessFds, RuntimeError, hand_over_terminal, io_error};
 use crate::last_words::chain;
 use libcontainer::syscall::Syscall;
 use libcontainer::syscall::syscall::SyscallType;
@@ -44,13 +44,13 @@ pub(super) fn exec(
     process: &Path,
     fds: ProcessFds,
     more: Vec<OwnedFd>,
-) -> Result<i32, HelperError> {
+) -> Result<i32, RuntimeError> {
     let mut more = more.into_iter();
     let (Some(init), Some(cgroup)) = (more.next(), more.next()) else {
-        return Err(HelperError::NoDescriptors);
+        return Err(RuntimeError::NoDescriptors);
     };
     let spec = Spec::load(bundle.join("config.json"))
-        .map_err(|e| HelperError::Exec(format!("reading the container's spec: {e}")))?;
+        .map_err(|e| RuntimeError::Exec(format!("reading the container's spec: {e}")))?;
     let text = std::fs::read(process).map_err(io_error("reading the process"))?;
     let process: Process =
         serde_json::from_slice(&text).map_err(|e| io_error("reading the process")(e.into()))?;

@@ -1,9 +1,9 @@
-//! The helper: a second, short life of the agent's program, started for each container and each exec.
+//! The runtime process: a second, short life of the agent's program, started for each container and each exec.
 //!
 //! Container work forks, changes its own oom_score_adj and dumpability, and waits for its children: in
 //! PID 1, which has threads, clients and orphans to reap, each of these is a trap. So PID 1 executes
-//! itself as a helper with one order on descriptor 0, and the helper's end hands the new process to PID 1
-//! as an orphan. Until the agent has acknowledged the pid the helper stays the parent, so that neither an
+//! itself as a runtime process with one order on descriptor 0, and the runtime process's end hands the new process to PID 1
+//! as an orphan. Until the agent has acknowledged the pid the runtime process stays the parent, so that neither an
 //! early exit nor the pid can be lost.
 
 mod create;
@@ -16,14 +16,14 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::ExitCode;
 
-/// The argument that makes the program a helper.
-pub const ARGUMENT: &str = "container-helper";
+/// The argument that makes the program a runtime process.
+pub const ARGUMENT: &str = "oci-runtime";
 /// The soft limit of open files that containers start with, as everywhere; the hard one is the agent's.
 const OPEN_FILES_SOFT_COUNT: u64 = 1024;
 
-/// Why the helper could not obey.
+/// Why the runtime process could not obey.
 #[derive(Debug, thiserror::Error)]
-enum HelperError {
+enum RuntimeError {
     #[error("{what}")]
     Io {
         what: &'static str,
@@ -40,8 +40,8 @@ enum HelperError {
     Exec(String),
 }
 
-fn io_error(what: &'static str) -> impl Fn(io::Error) -> HelperError {
-    move |cause| HelperError::Io { what, cause }
+fn io_error(what: &'static str) -> impl Fn(io::Error) -> RuntimeError {
+    move |cause| RuntimeError::Io { what, cause }
 }
 
 /// Descriptors 0, 1 and 2 of the process to be made, and the pipe on which it reports.
@@ -53,7 +53,7 @@ struct ProcessFds {
     report: OwnedFd,
 }
 
-/// The helper's main: obeys the one order that waits on descriptor 0.
+/// The runtime process's main: obeys the one order that waits on descriptor 0.
 pub fn main() -> ExitCode {
     match obey() {
         Ok(()) => ExitCode::SUCCESS,
@@ -128,9 +128,9 @@ fn take_control_socket() -> io::Result<OwnedFd> {
     Ok(agent)
 }
 
-fn process_fds(fds: &mut Vec<OwnedFd>) -> Result<ProcessFds, HelperError> {
+fn process_fds(fds: &mut Vec<OwnedFd>) -> Result<ProcessFds, RuntimeError> {
     if fds.len() < 4 {
-        return Err(HelperError::NoDescriptors);
+        return Err(RuntimeError::NoDescriptors);
     }
     let mut first = fds.drain(..4);
     match (first.next(), first.next(), first.next(), first.next()) {
@@ -140,12 +140,12 @@ fn process_fds(fds: &mut Vec<OwnedFd>) -> Result<ProcessFds, HelperError> {
             stderr,
             report,
         }),
-        _ => Err(HelperError::NoDescriptors),
+        _ => Err(RuntimeError::NoDescriptors),
     }
 }
 
 /// Passes a terminal's master on to the agent.
-fn hand_over_terminal(agent: &OwnedFd, master: &OwnedFd) -> Result<(), HelperError> {
+fn hand_over_terminal(agent: &OwnedFd, master: &OwnedFd) -> Result<(), RuntimeError> {
     message::send(agent, &Answer::Terminal, &[master.as_raw_fd()])
         .map_err(io_error("handing over the terminal"))
 }
