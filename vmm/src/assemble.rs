@@ -147,7 +147,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         _ => None,
     };
     add_shares(&mut board, config, inherited.shares)?;
-    let buses = board.finish()?;
+    let (buses, virtio) = board.finish()?;
     phases.ended("devices");
 
     let entry = boot::load(
@@ -176,6 +176,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         ends,
         vcpus,
         serial,
+        virtio,
         signals,
         power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
         phases: phases.clone(),

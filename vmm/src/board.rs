@@ -65,6 +65,7 @@ pub struct Board<'a> {
     mmio: Bus,
     pci: Arc<PciRoot>,
     next_slot: u8,
+    virtio: Vec<Arc<VirtioPci>>,
 }
 
 impl<'a> Board<'a> {
@@ -77,6 +78,7 @@ impl<'a> Board<'a> {
             mmio: Bus::new(),
             pci: Arc::new(PciRoot::new()),
             next_slot: 1,
+            virtio: Vec::new(),
         }
     }
 
@@ -138,6 +140,7 @@ impl<'a> Board<'a> {
             self.vm.add_ioeventfd(notify.address, &notify.kick)?;
         }
         let transport = Arc::new(transport);
+        self.virtio.push(Arc::clone(&transport));
         self.add_function(
             slot,
             address,
@@ -168,15 +171,16 @@ impl<'a> Board<'a> {
         )
     }
 
-    /// The buses, with all that was put on them.
+    /// The buses, with all that was put on them, and the virtio devices once more, to be asked what went wrong.
     ///
     /// # Errors
     /// See [`BoardError`].
-    pub fn finish(mut self) -> Result<Arc<Buses>, BoardError> {
+    pub fn finish(mut self) -> Result<(Arc<Buses>, Vec<Arc<VirtioPci>>), BoardError> {
         self.port.insert(CONFIG_PORT, CONFIG_PORT_BYTES, self.pci)?;
-        Ok(Arc::new(Buses {
+        let buses = Buses {
             port: self.port,
             mmio: self.mmio,
-        }))
+        };
+        Ok((Arc::new(buses), self.virtio))
     }
 }

@@ -4,8 +4,10 @@
 use crate::end::{End, Ends};
 use crate::record::{ExitCounts, Phases};
 use crate::vcpus::Vcpus;
+use capsid_devices::bus::BusDevice;
 use capsid_devices::event::{EventLoop, Interest, Poller, Readiness, Subscriber};
 use capsid_devices::serial::Serial;
+use capsid_devices::virtio::pci::VirtioPci;
 use capsid_protocol::exit::VmmExit;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -42,6 +44,8 @@ pub struct Machine {
     pub vcpus: Vcpus,
     /// The serial port, for its last lines.
     pub serial: Arc<Serial>,
+    /// The virtio devices, for what failed in them.
+    pub virtio: Vec<Arc<VirtioPci>>,
     /// SIGTERM and SIGINT.
     pub signals: StopSignals,
     /// The way to the guest, if there is one.
@@ -66,7 +70,7 @@ const CONSOLE_LINES: usize = 20;
 impl Machine {
     /// Runs the guest until it, its owner or a signal ends it, or a defect does.
     pub fn run(mut self) -> Ended {
-        let end = match self.wait() {
+        let mut end = match self.wait() {
             Ok(end) => end,
             Err(cause) => {
                 let why = format!("the event loop failed: {cause}");
@@ -74,6 +78,13 @@ impl Machine {
             }
         };
         self.phases.ended("end");
+        // A guest whose device failed mostly ends for another reason, which it then explains.
+        for device in &self.virtio {
+            if let Some(failure) = device.take_failure() {
+                let failure = End::from_error(end.exit, &failure).why;
+                end.why.push_str(&format!("; {}: {failure}", device.name()));
+            }
+        }
         // Bounded; a thread that does not answer is left to the end of the process.
         self.vcpus.stop();
         self.drain();

@@ -1,21 +1,19 @@
-//! The guest's memory: one anonymous memfd, mapped once or, around the 3 to 4 GiB hole, twice.
+//! The guest's memory: private anonymous memory, one mapping or, around the 3 to 4 GiB hole, two.
 //!
-//! A memfd, so that a template's memory can later be handed to its clones as a file. Not in core dumps:
-//! it is the guest's. Huge pages are asked for, and the mapping is aligned so that they can be used by
-//! the host's and by the nested page tables alike.
+//! Not a memfd, which gets huge pages on no host by default (docs/decisions/0004). Not in core dumps: it is
+//! the guest's. Huge pages are asked for, and the mapping is aligned so that they can be used by the
+//! host's and by the nested page tables alike.
 //!
-//! A size that this host could never back is refused here, in one sentence: the kernel would hand the
-//! memfd out all the same and kill us with SIGBUS when it is used up.
+//! A size that this host could never back is refused here, in one sentence: the kernel would map it all
+//! the same and kill us when memory is used up.
 #![allow(unsafe_code)] // mmap: there is no safe way to have memory that a guest writes to.
 
 use crate::layout;
 use capsid_devices::GuestMemory;
 use capsid_protocol::machine::MemoryMib;
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::fs::File;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
@@ -45,10 +43,8 @@ pub enum MemoryError {
         bits: u32,
     },
     /// The kernel refused.
-    #[error("cannot {what} {mib} MiB of guest memory")]
-    Kernel {
-        /// What was being done.
-        what: &'static str,
+    #[error("cannot map {mib} MiB of guest memory")]
+    Map {
         /// Size, in MiB.
         mib: u64,
         /// Its answer.
@@ -73,15 +69,10 @@ pub enum MemoryError {
 pub fn map(size: MemoryMib) -> Result<GuestMemory, MemoryError> {
     refuse_more_than(host_mib(), size)?;
     let mib = size.get();
-    let kernel = |what| move |cause| MemoryError::Kernel { what, mib, cause };
-    let file = memfd_create(c"guest-memory", MemfdFlags::CLOEXEC).map_err(kernel("create"))?;
-    ftruncate(&file, size.bytes()).map_err(kernel("size"))?;
     let mut regions = Vec::with_capacity(2);
-    let mut offset = 0;
     for range in layout::memory_ranges(size.bytes()) {
         let length = range.end - range.start;
-        let region = map_region(&file, offset, length).map_err(kernel("map"))?;
-        offset += length;
+        let region = map_region(length).map_err(|cause| MemoryError::Map { mib, cause })?;
         let region = GuestRegionMmap::new(region, GuestAddress(range.start));
         regions.push(region.ok_or(MemoryError::Layout { mib })?);
     }
@@ -156,37 +147,22 @@ fn host_mib() -> u64 {
     units.saturating_mul(u64::from(info.mem_unit)) >> 20
 }
 
-fn map_region(file: &OwnedFd, offset: u64, bytes: u64) -> Result<MmapRegion, Errno> {
+fn map_region(bytes: u64) -> Result<MmapRegion, Errno> {
     let bytes = usize::try_from(bytes).map_err(|_| Errno::NOMEM)?;
     let protection = ProtFlags::READ | ProtFlags::WRITE;
-    let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-    // Reserve one huge page more than needed, find the aligned place in it, give back what sticks out.
-    let reserved_bytes = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(Errno::NOMEM)?;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // One huge page more than needed; what sticks out of the aligned place in it is given back.
+    let mapped_bytes = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(Errno::NOMEM)?;
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
-    let reserved = unsafe {
-        mmap_anonymous(
-            std::ptr::null_mut(),
-            reserved_bytes,
-            ProtFlags::empty(),
-            MapFlags::PRIVATE | MapFlags::NORESERVE,
-        )?
-    };
-    let before = reserved.align_offset(HUGE_PAGE_BYTES);
-    let start = reserved.wrapping_byte_add(before);
+    let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped_bytes, protection, flags)? };
+    let before = mapped.align_offset(HUGE_PAGE_BYTES);
+    let start = mapped.wrapping_byte_add(before);
     let end = start.wrapping_byte_add(bytes);
-    // SAFETY: `start..end` lies in the reservation made above, which nobody else knows of, and the three
-    // parts of it are disjoint; the lengths are those of these parts, in whole pages.
+    // SAFETY: the mapping made above, which nobody else knows of, has three disjoint parts: what is before
+    // `start`, `start..end`, and the rest of the huge page; the lengths are theirs, in whole pages.
     unsafe {
-        mmap(
-            start,
-            bytes,
-            protection,
-            flags | MapFlags::FIXED,
-            file,
-            offset,
-        )?;
         if before > 0 {
-            munmap(reserved, before)?;
+            munmap(mapped, before)?;
         }
         if before < HUGE_PAGE_BYTES {
             munmap(end, HUGE_PAGE_BYTES - before)?;
@@ -198,7 +174,7 @@ fn map_region(file: &OwnedFd, offset: u64, bytes: u64) -> Result<MmapRegion, Err
             start.cast(),
             bytes,
             libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_SHARED | libc::MAP_NORESERVE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
         )
         .map_err(|_| Errno::INVAL)
     }
@@ -207,6 +183,7 @@ fn map_region(file: &OwnedFd, offset: u64, bytes: u64) -> Result<MmapRegion, Err
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
     use std::io::Write;
     use vm_memory::{Bytes, GuestMemoryRegion};
 
