@@ -70,6 +70,8 @@ impl Artifacts {
             let file = here.with_file_name("capsid-initramfs.cpio");
             initramfs::write(&here, &file)?;
             self.add(Some("CAPSID_INITRAMFS"), file, "share/initramfs.cpio");
+            // For the agent's own tests, which start it as a plain process.
+            self.add(None, here, &format!("bin/{}", program.name));
         } else {
             let variable = (*program == VMM).then_some("CAPSID_VMM");
             self.add(variable, here, &format!("bin/{}", program.name));

@@ -5,7 +5,7 @@
 
 mod count;
 mod deny;
-mod system;
+mod hosted;
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -50,6 +50,8 @@ pub enum Suite {
     Clippy,
     /// Unit and property tests
     Unit,
+    /// The agent's service on real containers, in the testbed
+    Service,
     /// The whole system on a real KVM
     System,
 }
@@ -148,7 +150,8 @@ fn run_suite(context: &Context<'_>, test: &Test, suite: Suite) -> Result<Count, 
             )?);
             Ok(count)
         }
-        Suite::System => system::run(context, test.on, &test.filters),
+        Suite::Service => hosted::service(context, &test.filters),
+        Suite::System => hosted::system(context, test.on, &test.filters),
     }
 }
 

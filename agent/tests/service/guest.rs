@@ -1,8 +1,8 @@
 //! An agent as an ordinary root process, driven over unix sockets as its host drives it over vsock.
 //!
-//! It needs root, cgroup v2 and a static busybox (`CAPSID_BUSYBOX`, else /bin/busybox): without them a
-//! test says loudly, by name, that it did not run. `CAPSID_AGENT` names the program; else it is
-//! the one that cargo built, or, on another machine, the one on PATH.
+//! It needs root, cgroup v2 and a static busybox (`CAPSID_BUSYBOX`, else /bin/busybox); a test without them
+//! fails and says so. `CAPSID_AGENT` names the program; else it is the one that cargo built, or, on
+//! another machine, the one on PATH.
 
 use capsid_protocol::agent::{
     AgentClient, ContainerRequest, CreateContainerRequest, ExecRequest, ProcessRequest,
@@ -89,11 +89,10 @@ fn missing() -> Option<&'static str> {
 }
 
 impl Guest {
-    /// An agent with nothing in it; `None`, said loudly, where it cannot be.
-    pub(crate) fn start(test: &str) -> Option<Guest> {
+    /// An agent with nothing in it.
+    pub(crate) fn start() -> Guest {
         if let Some(what) = missing() {
-            eprintln!("SKIPPED {test}: it needs {what}");
-            return None;
+            panic!("the agent's tests need {what}; `cargo xtask test --suite service` has it");
         }
         let only = ONE_GUEST.lock().unwrap_or_else(PoisonError::into_inner);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -109,12 +108,12 @@ impl Guest {
             .expect("the agent starts");
         let (channel, _) = rpc.accept().expect("the agent dials");
         let client = ttrpc::Client::new(channel.into_raw_fd()).expect("a client");
-        Some(Guest {
+        Guest {
             client: Some(AgentClient::new(client)),
             agent,
             directory,
             _only: only,
-        })
+        }
     }
 
     pub(crate) fn client(&self) -> &AgentClient {

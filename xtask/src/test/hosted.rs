@@ -1,4 +1,5 @@
-//! The whole-system tests: one static binary, run where microVMs run, its tests counted as they are printed.
+//! Tests that need a host of their own: each suite is one static binary, run where it can do no harm, its tests counted as
+//! they are printed.
 
 use std::error::Error;
 use std::io::{self, Write};
@@ -18,91 +19,139 @@ use crate::testbed::saved::{Context, ensure_saved};
 use crate::testbed::session::Outputs;
 use crate::testbed::{self, Order};
 
-/// The tests, as a cargo target.
-const TESTS: TestBinary = TestBinary {
+/// The whole-system tests.
+const SYSTEM: TestBinary = TestBinary {
     package: "capsid-tests",
     name: "system",
 };
-/// Their name where they run.
-const NAME: &str = "capsid-system-tests";
-/// The ledger of what a run left behind counts the whole host, so tests run one at a time.
+/// The agent's tests: real containers on the host's own kernel, so always in the testbed.
+const SERVICE: TestBinary = TestBinary {
+    package: "capsid-agent",
+    name: "service",
+};
+/// What a run left behind is counted on the whole host, and an agent owns its host's cgroups: one test at a time.
 const HARNESS_FLAG: &str = "--test-threads=1";
 
 /// So many testbeds at once at most: each takes 3 GiB of memory.
 const TESTBEDS_MAX: usize = 4;
-/// A share that takes longer hangs: all tests together take a quarter of it on two idle cores.
-const SHARE_LIMIT_S: u64 = 50 * 60;
+/// Into so many pieces the tests of each testbed are cut: each starts from the saved state, which takes two seconds.
+const SHARES_PER_TESTBED: usize = 4;
+/// A share that takes longer hangs; most take a few minutes.
+const SHARE_LIMIT_S: u64 = 20 * 60;
 /// A line is passed on in pieces of this size; one so long is no result of the harness's.
 const LINE_MAX_BYTES: usize = 4096;
 
-/// Builds and runs them.
-pub(super) fn run(
+/// The whole-system tests, on the host or in testbeds.
+pub(super) fn system(
     context: &Context<'_>,
     on: Option<Place>,
     filters: &[String],
 ) -> Result<Count, Box<dyn Error>> {
     let place = choose(context.progress, on);
-    let mut artifacts = artifacts::ensure(context, Profile::Release)?;
-    let binary = programs::build_test(context.progress, context.workspace, TESTS)?;
-    artifacts.add(None, binary.clone(), &format!("bin/{NAME}"));
+    let tests = Tests::build(context, SYSTEM)?;
     let (tally, code) = match place {
-        Place::Host => here(&artifacts, &binary, filters)?,
-        Place::Testbed => inside(context, &artifacts, &binary, filters)?,
+        Place::Host => here(&tests, filters)?,
+        Place::Testbed => inside(context, &tests, filters)?,
     };
-    let mut count = tally.take();
-    if code != 0 && count.failed == 0 {
-        eprintln!("{NAME} ended with {code} and named no failed test");
-        count.failed += 1;
-    }
-    Ok(count)
+    Ok(tests.counted(&tally, code))
 }
 
-/// Runs them in as many testbeds as there are processors, each with its share of the tests.
+/// The agent's tests, in testbeds.
+pub(super) fn service(context: &Context<'_>, filters: &[String]) -> Result<Count, Box<dyn Error>> {
+    let tests = Tests::build(context, SERVICE)?;
+    let (tally, code) = inside(context, &tests, filters)?;
+    Ok(tests.counted(&tally, code))
+}
+
+/// A built suite and everything it needs.
+struct Tests {
+    artifacts: Artifacts,
+    binary: PathBuf,
+    /// What the binary is called where it runs.
+    name: String,
+}
+
+impl Tests {
+    fn build(context: &Context<'_>, test: TestBinary) -> Result<Self, Box<dyn Error>> {
+        let mut artifacts = artifacts::ensure(context, Profile::Release)?;
+        let binary = programs::build_test(context.progress, context.workspace, test)?;
+        let name = format!("capsid-{}-tests", test.name);
+        artifacts.add(None, binary.clone(), &format!("bin/{name}"));
+        Ok(Self {
+            artifacts,
+            binary,
+            name,
+        })
+    }
+
+    fn counted(&self, tally: &Tally, code: i32) -> Count {
+        let mut count = tally.take();
+        if code != 0 && count.failed == 0 {
+            eprintln!("{} ended with {code} and named no failed test", self.name);
+            count.failed += 1;
+        }
+        count
+    }
+}
+
+/// Runs them in as many testbeds at once as there are processors. Each takes the next share when it has done one, so that
+/// none has nothing to do while another has the long tests.
 fn inside(
     context: &Context<'_>,
-    artifacts: &Artifacts,
-    binary: &Path,
+    tests: &Tests,
     filters: &[String],
 ) -> Result<(Tally, i32), Box<dyn Error>> {
-    let names = names(binary, filters)?;
+    let names = names(&tests.binary, filters)?;
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let testbeds = processors.min(TESTBEDS_MAX);
     let tally = Tally::default();
     // Made once, before several want it.
     ensure_saved(context, Mode::Plain)?;
-    let codes: Vec<Result<u8, String>> = std::thread::scope(|scope| {
-        let shares = shares(&names, processors.min(TESTBEDS_MAX))
-            .into_iter()
-            .map(|share| {
-                let outputs = Outputs {
-                    out: Box::new(tally.line_by_line()),
-                    err: Box::new(io::stderr()),
-                };
-                scope.spawn(move || one_share(context, artifacts, &share, outputs))
-            });
-        let running: Vec<_> = shares.collect();
+    let queue = Mutex::new(shares(&names, testbeds * SHARES_PER_TESTBED).into_iter());
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let worker = || {
+        let mut worst = 0;
+        while let Some(share) = next() {
+            let outputs = Outputs {
+                out: Box::new(tally.line_by_line()),
+                err: Box::new(io::stderr()),
+            };
+            match one_share(context, tests, &share, outputs) {
+                Ok(code) => worst = worst.max(i32::from(code)),
+                Err(why) => {
+                    eprintln!("{} of {}: {why}", tests.name, share.join(" "));
+                    tally.add(Count::failed_one());
+                }
+            }
+        }
+        worst
+    };
+    let codes: Vec<i32> = std::thread::scope(|scope| {
+        let running: Vec<_> = (0..testbeds).map(|_| scope.spawn(worker)).collect();
         running
             .into_iter()
-            .map(|one| one.join().unwrap_or_else(|_| Err("it panicked".to_owned())))
+            .map(|one| one.join().unwrap_or(-1))
             .collect()
     });
-    let mut worst = 0;
-    for code in codes {
-        worst = worst.max(i32::from(code?));
-    }
+    let worst = codes.into_iter().find(|code| *code != 0).unwrap_or(0);
     Ok((tally, worst))
 }
 
 fn one_share(
     context: &Context<'_>,
-    artifacts: &Artifacts,
+    tests: &Tests,
     names: &[String],
     outputs: Outputs,
 ) -> Result<u8, String> {
-    let mut words = vec![NAME.into(), HARNESS_FLAG.into(), "--exact".into()];
+    let mut words = vec![
+        tests.name.as_str().into(),
+        HARNESS_FLAG.into(),
+        "--exact".into(),
+    ];
     words.extend(names.iter().map(Into::into));
     let order = Order {
-        items: artifacts.items(),
-        variables: artifacts.variables_inside(),
+        items: tests.artifacts.items(),
+        variables: tests.artifacts.variables_inside(),
         words,
         limit: Some(Duration::from_secs(SHARE_LIMIT_S)),
         ..Order::new(Mode::Plain)
@@ -141,13 +190,10 @@ fn shares(names: &[String], count: usize) -> Vec<Vec<String>> {
     shares
 }
 
-fn here(
-    artifacts: &Artifacts,
-    binary: &Path,
-    filters: &[String],
-) -> Result<(Tally, i32), Box<dyn Error>> {
+fn here(tests: &Tests, filters: &[String]) -> Result<(Tally, i32), Box<dyn Error>> {
     let tally = Tally::default();
-    let mut command = Command::new(binary);
+    let artifacts = &tests.artifacts;
+    let mut command = Command::new(&tests.binary);
     command
         .arg(HARNESS_FLAG)
         .args(filters)
@@ -188,6 +234,11 @@ struct Lines {
 impl Tally {
     fn take(&self) -> Count {
         *self.count.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, count: Count) {
+        let mut sum = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        sum.add(count);
     }
 
     fn line_by_line(&self) -> Lines {
