@@ -9,8 +9,8 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Longest run of one `capsid` in a test, in seconds. An emulated host is some twenty times slower than a
-/// real one; a test that needs this long is hung.
+/// Longest run of one `capsid` in a test that sets no limit of its own, in seconds. An emulated host is some
+/// thirty times slower than a real one; a test that needs this long is hung.
 pub const RUN_TIMEOUT_S: u64 = 240;
 
 /// The busybox image, a docker-archive.
@@ -33,6 +33,7 @@ pub fn image() -> PathBuf {
 pub struct Run {
     command: Command,
     stdin: Option<Vec<u8>>,
+    limit: Duration,
 }
 
 /// How a run ended.
@@ -101,6 +102,7 @@ pub fn capsid<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Run {
     Run {
         command,
         stdin: None,
+        limit: Duration::from_secs(RUN_TIMEOUT_S),
     }
 }
 
@@ -122,6 +124,13 @@ impl Run {
     #[must_use]
     pub fn stdin(mut self, bytes: Vec<u8>) -> Run {
         self.stdin = Some(bytes);
+        self
+    }
+
+    /// Gives it more time than [`RUN_TIMEOUT_S`].
+    #[must_use]
+    pub fn within(mut self, limit: Duration) -> Run {
+        self.limit = limit;
         self
     }
 
@@ -157,13 +166,14 @@ impl Run {
             stdout,
             stderr,
             since: Instant::now(),
+            limit: self.limit,
         }
     }
 
     /// Runs it to its end.
     ///
     /// # Panics
-    /// It does not end within [`RUN_TIMEOUT_S`].
+    /// It does not end within its limit.
     pub fn wait(self) -> Ended {
         self.start().wait()
     }
@@ -175,6 +185,7 @@ pub struct Running {
     stdout: mpsc::Receiver<Vec<u8>>,
     stderr: mpsc::Receiver<Vec<u8>>,
     since: Instant,
+    limit: Duration,
 }
 
 impl Running {
@@ -195,10 +206,10 @@ impl Running {
     /// Waits until the bytes `mark` have come on standard output.
     ///
     /// # Panics
-    /// They do not come within [`RUN_TIMEOUT_S`], or output ends first.
+    /// They do not come within its limit, or output ends first.
     #[track_caller]
     pub fn until(&mut self, mark: &str) -> Vec<u8> {
-        let deadline = self.since + Duration::from_secs(RUN_TIMEOUT_S);
+        let deadline = self.since + self.limit;
         let mut seen = Vec::new();
         while !String::from_utf8_lossy(&seen).contains(mark) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -217,16 +228,13 @@ impl Running {
     /// Waits for the end; the output is what `until` has not taken.
     ///
     /// # Panics
-    /// It does not end within [`RUN_TIMEOUT_S`].
+    /// It does not end within its limit.
     #[track_caller]
     pub fn wait(mut self) -> Ended {
         let (done, ended) = mpsc::channel();
-        let pid = self.pid();
+        let (pid, limit) = (self.pid(), self.limit);
         let watch = thread::spawn(move || {
-            if ended
-                .recv_timeout(Duration::from_secs(RUN_TIMEOUT_S))
-                .is_err()
-            {
+            if ended.recv_timeout(limit).is_err() {
                 let _gone = nix::sys::signal::kill(
                     nix::unistd::Pid::from_raw(pid),
                     nix::sys::signal::Signal::SIGKILL,
@@ -243,7 +251,7 @@ impl Running {
         let stderr = String::from_utf8_lossy(&stderr).into_owned();
         assert!(
             !watch.join().expect("the watch does not panic"),
-            "capsid did not end within {RUN_TIMEOUT_S} s; stderr: {stderr}"
+            "capsid did not end within {limit:?}; stderr: {stderr}"
         );
         Ended {
             code: status

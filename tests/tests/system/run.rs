@@ -1,5 +1,6 @@
 //! Each flag of `capsid run` means what docker means by it.
 
+use capsid_tests::affinity::OneProcessor;
 use capsid_tests::bundle::{Scratch, privileged_spec, unpack_busybox, write};
 use capsid_tests::capsid::{capsid, run, sh};
 
@@ -70,6 +71,7 @@ fn cpus_and_memory_are_what_was_asked_for() {
 
 #[test]
 fn thirty_two_cpus_come_up() {
+    let _turns = OneProcessor::only();
     let ended = sh(&["--cpus", "32", "--memory", "512M"], "nproc").wait();
     ended.exits(0);
     assert_eq!(ended.text(), "32\n");
@@ -105,15 +107,28 @@ fn a_read_only_root_refuses_writes_and_a_plain_one_forgets_them() {
 fn capabilities_and_masked_paths_are_docker_s() {
     let ended = sh(
         &[],
-        "grep -E 'Cap(Eff|Bnd|Inh)' /proc/self/status; cat /proc/kcore | wc -c; \
-                         echo x > /proc/sysrq-trigger; mount -t tmpfs t /mnt; hostname other",
+        "grep -E 'Cap(Eff|Bnd|Inh)' /proc/self/status; test -c /proc/keys && echo masked; \
+         echo 1 > /proc/sys/vm/swappiness; mount -t tmpfs t /mnt; hostname other",
     )
     .wait();
     let text = ended.text();
     assert!(text.contains("CapEff:\t00000000a80425fb"), "{text}");
     assert!(text.contains("CapInh:\t0000000000000000"), "{text}");
-    assert!(ended.stderr.contains("sysrq-trigger"), "{}", ended.stderr);
+    assert!(text.contains("masked"), "{text}");
+    let refusal = "/proc/sys/vm/swappiness: Read-only file system";
+    assert!(ended.stderr.contains(refusal), "{}", ended.stderr);
     assert!(ended.code != 0);
+}
+
+#[test]
+fn a_bundle_without_a_dev_has_its_devices_all_the_same() {
+    let mut spec = privileged_spec("echo x > /dev/null && test -c /dev/urandom && echo there");
+    spec["mounts"] = serde_json::json!([]);
+    let scratch = Scratch::new("no-dev");
+    write(scratch.path(), &spec);
+    let ended = capsid(["run", "--bundle", &scratch.join("")]).wait();
+    ended.exits(0);
+    assert_eq!(ended.text(), "there\n");
 }
 
 #[test]

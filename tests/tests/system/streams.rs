@@ -28,7 +28,6 @@ fn hash(bytes: &[u8]) -> u64 {
 }
 
 #[test]
-#[ignore = "has not been seen to pass yet; run it with --include-ignored"]
 fn a_quarter_gibibyte_goes_through_and_comes_back() {
     let sent = noise(BIG_MIB << 20);
     let ended = run(&["-i"], &["cat"]).stdin(sent.clone()).wait();

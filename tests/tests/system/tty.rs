@@ -39,7 +39,6 @@ fn a_shell_has_the_terminal_s_size_and_follows_it() {
 }
 
 #[test]
-#[ignore = "has not been seen to pass yet; run it with --include-ignored"]
 fn ctrl_c_interrupts_the_command_and_not_the_shell() {
     let mut session = shell(24, 80);
     session.sees("up");
@@ -52,7 +51,6 @@ fn ctrl_c_interrupts_the_command_and_not_the_shell() {
 }
 
 #[test]
-#[ignore = "has not been seen to pass yet; run it with --include-ignored"]
 fn the_terminal_s_modes_are_restored() {
     let mut session = shell(24, 80);
     session.sees("up");
