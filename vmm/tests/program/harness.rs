@@ -9,6 +9,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
 use std::process::{Child, Command, Stdio};
 
 /// How long a run of the VMM may take before a test gives up on it, in seconds.
@@ -236,10 +237,11 @@ impl Running {
     /// Waits until the guest has printed `text`.
     pub(crate) fn printed(&mut self, text: &str) {
         let started = std::time::Instant::now();
-        while !contents(&mut self.serial).contains(text) {
+        while !contents(&self.serial).contains(text) {
             assert!(
                 started.elapsed().as_secs() < RUN_TIMEOUT_S as u64,
-                "no {text:?}"
+                "no {text:?}: {:?}",
+                contents(&self.serial)
             );
             assert!(
                 self.child.try_wait().unwrap().is_none(),
@@ -269,8 +271,8 @@ impl Running {
             code,
             exit: code.and_then(VmmExit::from_code),
             stderr,
-            serial: contents(&mut self.serial),
-            report: serde_json::from_str(&contents(&mut self.report)).ok(),
+            serial: contents(&self.serial),
+            report: serde_json::from_str(&contents(&self.report)).ok(),
         }
     }
 }
@@ -284,10 +286,10 @@ impl Drop for Running {
     }
 }
 
-fn contents(file: &mut File) -> String {
-    let mut bytes = Vec::new();
-    file.rewind().unwrap();
-    file.read_to_end(&mut bytes).unwrap();
+/// By position: the VMM writes at the offset that its descriptor and ours share.
+fn contents(file: &File) -> String {
+    let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
+    file.read_exact_at(&mut bytes, 0).unwrap();
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
