@@ -53,10 +53,12 @@ pub struct Buses {
     pub mmio: Bus,
 }
 
-/// All vCPU threads of a VM.
+/// All vCPU threads of a VM. Dropped once they are stopped, it drops the devices, on the thread that drops it:
+/// a device's end makes calls that a vCPU's thread may not.
 pub struct Vcpus {
     threads: Vec<Thread>,
     gate: Arc<Gate>,
+    buses: Arc<Buses>,
 }
 
 struct Thread {
@@ -169,7 +171,11 @@ impl Vcpus {
             return Err(VcpusError::Lost);
         }
         drop(state);
-        Ok(Vcpus { threads, gate })
+        Ok(Vcpus {
+            threads,
+            gate,
+            buses: Arc::clone(buses),
+        })
     }
 
     /// Lets all vCPUs enter the guest.
@@ -208,6 +214,20 @@ impl Vcpus {
                 .0;
         }
         true
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        if self.gate.lock().ended < self.threads.len() {
+            // A thread that was not stopped may still use the devices, and must not be the last who does.
+            std::mem::forget(Arc::clone(&self.buses));
+            return;
+        }
+        for thread in self.threads.drain(..) {
+            // It has ended but for its own drops; a panic has ended the process already.
+            let _ = thread.handle.join();
+        }
     }
 }
 
@@ -322,6 +342,7 @@ fn internal_error(suberror: u32) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use capsid_devices::bus::BusDevice;
     use std::sync::mpsc;
 
     fn farewell(gate: &Arc<Gate>, ends: &Ends) -> Farewell {
@@ -370,10 +391,67 @@ mod tests {
                 counts: ExitCounts::default(),
             }],
             gate: Arc::new(Gate::default()),
+            buses: buses_with(None),
         };
         let started = Instant::now();
         assert!(!vcpus.stop());
         assert!(started.elapsed() >= Duration::from_millis(VCPU_STOP_TIMEOUT_MS));
         drop(release);
+    }
+
+    /// Says on which thread it was dropped.
+    struct Device(mpsc::Sender<thread::ThreadId>);
+
+    impl BusDevice for Device {
+        fn name(&self) -> &'static str {
+            "test"
+        }
+
+        fn read(&self, _offset: u64, _data: &mut [u8]) {}
+
+        fn write(&self, _offset: u64, _data: &[u8]) {}
+    }
+
+    impl Drop for Device {
+        fn drop(&mut self) {
+            self.0.send(thread::current().id()).unwrap();
+        }
+    }
+
+    fn buses_with(device: Option<Device>) -> Arc<Buses> {
+        let mut mmio = Bus::new();
+        if let Some(device) = device {
+            mmio.insert(0, 8, Arc::new(device)).unwrap();
+        }
+        let port = Bus::new();
+        Arc::new(Buses { port, mmio })
+    }
+
+    #[test]
+    fn devices_end_on_the_thread_that_drops_the_vcpus_not_on_a_vcpus() {
+        handle_wake_up().unwrap();
+        let (dropped, on) = mpsc::channel();
+        let (gate, ends) = (Arc::new(Gate::default()), Ends::new().unwrap());
+        let buses = buses_with(Some(Device(dropped)));
+        let (farewell, used) = (farewell(&gate, &ends), Arc::clone(&buses));
+        let vcpus = Vcpus {
+            threads: vec![Thread {
+                handle: thread::spawn({
+                    let gate = Arc::clone(&gate);
+                    move || {
+                        let _used_to_the_last = used;
+                        drop(gate.wait_while(|state| !state.open));
+                        drop(farewell);
+                    }
+                }),
+                immediate_exit: ImmediateExit::default(),
+                counts: ExitCounts::default(),
+            }],
+            gate,
+            buses,
+        };
+        assert!(vcpus.stop());
+        drop(vcpus);
+        assert_eq!(on.recv().unwrap(), thread::current().id());
     }
 }
