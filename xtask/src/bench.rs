@@ -160,7 +160,9 @@ fn echo_spec() -> serde_json::Value {
         "process": {"terminal": false, "user": {"uid": 0, "gid": 0}, "args": ["echo", "hello"],
                     "env": ["PATH=/bin:/usr/bin"], "cwd": "/"},
         "root": {"path": "rootfs", "readonly": true},
-        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        // The bundle lies where device nodes cannot be opened.
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"},
+                   {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]}],
         "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}, {"type": "network"}]}
     })
 }
