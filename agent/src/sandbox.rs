@@ -161,8 +161,8 @@ impl Sandbox {
         let (run, launcher) = (self.places.run.clone(), Arc::clone(&self.launcher));
         let (made, cgroup_of) = (id.clone(), cgroup.clone());
         let (launched, stdio, directories, memory_events) = blocking(move || {
-            // One that a dead agent left would be used again, and Linux 6.12 (cgroup_css_set_fork) kills whoever is
-            // born by CLONE_INTO_CGROUP into a cgroup that has been killed more often than its parent's.
+            // One that a dead agent left would be used again; as seen with Linux 6.12.107, whoever is born by
+            // CLONE_INTO_CGROUP into a cgroup that was once killed through cgroup.kill dies at once.
             cgroup_of.remove()?;
             let directories =
                 Directories::make(&run, &made).map_err(io_error("making its directories"))?;

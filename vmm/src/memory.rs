@@ -1,6 +1,6 @@
 //! The guest's memory: private anonymous memory, one mapping or, around the 3 to 4 GiB hole, two.
 //!
-//! Not a memfd, which gets huge pages on no host by default (docs/decisions/0004). Not in core dumps: it is
+//! Not a memfd, which gets no huge pages by default (docs/decisions/0004). Not in core dumps: it is
 //! the guest's. Huge pages are asked for, and the mapping is aligned so that they can be used by the
 //! host's and by the nested page tables alike.
 //!

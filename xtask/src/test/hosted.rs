@@ -36,7 +36,7 @@ const HARNESS_FLAG: &str = "--test-threads=1";
 const TESTBEDS_MAX: usize = 4;
 /// Into so many pieces the tests of each testbed are cut: each starts from the saved state, which takes two seconds.
 const SHARES_PER_TESTBED: usize = 4;
-/// A share that takes longer hangs; most take a few minutes, the one with 100,000 files a quarter of an hour.
+/// A share that takes longer hangs; most take a few minutes.
 const SHARE_LIMIT_S: u64 = 45 * 60;
 /// A line is passed on in pieces of this size; one so long is no result of the harness's.
 const LINE_MAX_BYTES: usize = 4096;
