@@ -4,7 +4,6 @@
 //! The tests need root, a KVM that runs Linux, and `capsid`, `capsid-vmm`, the guest kernel and the initramfs
 //! where `capsid` looks for them. `CAPSID_TEST_IMAGE` names the busybox image. What is absent fails by name.
 
-pub mod affinity;
 pub mod bench;
 pub mod bundle;
 pub mod capsid;

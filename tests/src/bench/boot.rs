@@ -10,8 +10,8 @@ use std::io::{self, Write};
 /// Rounds that are not counted: the first reads come from disk, where an emulated clock jumps.
 const WARM_UP_ROUNDS: usize = 1;
 
-/// Runs the benchmark and prints JSON lines on `out`. A system that is absent or fails is left out with one line
-/// on stderr.
+/// Runs the benchmark and prints JSON lines on `out`, and each sample on stderr as it comes. A system that is absent or
+/// fails is left out with one line there.
 ///
 /// # Errors
 /// `out` cannot be written.
@@ -25,9 +25,11 @@ pub fn boot(
         systems.iter().map(|system| (system, Vec::new())).collect();
     for round in 0..WARM_UP_ROUNDS + samples {
         taken.retain_mut(|(system, samples)| match launch::sample(system, files) {
-            Ok(_) if round < WARM_UP_ROUNDS => true,
             Ok(sample) => {
-                samples.push(sample);
+                eprintln!("{}", progress(round, system, &sample));
+                if round >= WARM_UP_ROUNDS {
+                    samples.push(sample);
+                }
                 true
             }
             Err(error) => {
@@ -49,6 +51,21 @@ pub fn boot(
         }
     }
     Ok(())
+}
+
+/// One sample for people who wait: a round takes minutes where an instruction counts as a nanosecond.
+fn progress(round: usize, system: &System, sample: &Sample) -> String {
+    let round = match round {
+        0 => "warm-up".to_owned(),
+        counted => format!("round {counted}"),
+    };
+    format!(
+        "bench: {round}: {} ({} kernel): init {:.2} ms, exit {:.2} ms",
+        system.name(),
+        system.kernel(),
+        sample.init.as_secs_f64() * 1e3,
+        sample.exit.as_secs_f64() * 1e3,
+    )
 }
 
 fn lines(system: &System, samples: &[Sample], exits: &BTreeMap<String, u64>) -> Vec<Value> {

@@ -1,6 +1,5 @@
 //! Each flag of `capsid run` means what docker means by it.
 
-use capsid_tests::affinity::OneProcessor;
 use capsid_tests::bundle::{Scratch, privileged_spec, unpack_busybox, write};
 use capsid_tests::capsid::{capsid, run, sh};
 
@@ -71,7 +70,6 @@ fn cpus_and_memory_are_what_was_asked_for() {
 
 #[test]
 fn thirty_two_cpus_come_up() {
-    let _turns = OneProcessor::only();
     let ended = sh(&["--cpus", "32", "--memory", "512M"], "nproc").wait();
     ended.exits(0);
     assert_eq!(ended.text(), "32\n");
