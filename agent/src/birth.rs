@@ -96,11 +96,17 @@ pub(crate) fn launch_exec(
     let (ends, stdio) =
         stdio_of(checked.facts, streams).map_err(io_error("making its descriptors"))?;
     let cgroup = container.cgroup.directory()?;
+    let init_cgroup = container.cgroup.directory_of(container.init.pid)?;
     let order = Order::Exec {
         bundle,
         process: file.clone(),
     };
-    let launched = launcher.launch(&order, &ends, &[&container.init.pidfd, &cgroup]);
+    let places = [
+        &container.init.pidfd,
+        &cgroup,
+        init_cgroup.as_ref().unwrap_or(&cgroup),
+    ];
+    let launched = launcher.launch(&order, &ends, &places);
     if let Err(e) = std::fs::remove_file(&file) {
         last_words::warn(&format!("removing {}: {e}", file.display()));
     }

@@ -5,6 +5,7 @@
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use oci_spec::runtime::LinuxResources;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags};
 use std::fs::{self, File};
 use std::io::{self, Read, Seek};
 use std::os::fd::OwnedFd;
@@ -223,9 +224,22 @@ impl Cgroup {
     /// # Errors
     /// The cgroup is gone.
     pub fn directory(&self) -> Result<OwnedFd, CgroupError> {
-        let flags = rustix::fs::OFlags::PATH | rustix::fs::OFlags::CLOEXEC;
-        rustix::fs::open(&self.path, flags, rustix::fs::Mode::empty())
-            .map_err(|e| failed("opening", self.path.clone())(e.into()))
+        open_directory(&self.path)
+    }
+
+    /// The directory of the cgroup that process `pid` is in, if that is this one or below it. A container that
+    /// may write its cgroups keeps its processes in the leaves (systemd and dockerd do), and nobody can be born
+    /// in a cgroup whose controllers are given on.
+    ///
+    /// # Errors
+    /// The process or its cgroup is gone.
+    pub fn directory_of(&self, pid: u32) -> Result<Option<OwnedFd>, CgroupError> {
+        let file = PathBuf::from(format!("/proc/{pid}/cgroup"));
+        let text = read_bounded(&file).map_err(failed("reading", file))?;
+        let below = v2_path(&text).and_then(|path| path.strip_prefix(&self.name).ok());
+        below
+            .map(|below| open_directory(&self.path.join(below)))
+            .transpose()
     }
 
     /// Kills what is left in it, waits for that, and removes it with the cgroups made below it.
@@ -336,6 +350,19 @@ fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
+fn open_directory(path: &Path) -> Result<OwnedFd, CgroupError> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC | OFlags::DIRECTORY | OFlags::NOFOLLOW;
+    rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|e| failed("opening", path.into())(e.into()))
+}
+
+/// The path of cgroup v2 in /proc/<pid>/cgroup; none of a path that the kernel shows as outside or deleted.
+fn v2_path(text: &str) -> Option<&Path> {
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let plain = path.starts_with('/') && !path.starts_with("/..") && !path.ends_with(" (deleted)");
+    plain.then(|| Path::new(path))
+}
+
 fn read_bounded(path: &Path) -> io::Result<String> {
     let mut text = String::new();
     File::open(path)?
@@ -394,6 +421,18 @@ mod tests {
     fn max_is_no_limit() {
         assert_eq!(limit("max\n"), u64::MAX);
         assert_eq!(limit("1048576\n"), 1 << 20);
+    }
+
+    #[test]
+    fn only_a_cgroup_that_is_there_is_found_in_proc() {
+        assert_eq!(
+            v2_path("0::/capsid/c1/init\n"),
+            Some(Path::new("/capsid/c1/init"))
+        );
+        assert_eq!(v2_path("1:name=systemd:/x\n0::/\n"), Some(Path::new("/")));
+        assert_eq!(v2_path("0::/../outside\n"), None);
+        assert_eq!(v2_path("0::/capsid/c1/gone (deleted)\n"), None);
+        assert_eq!(v2_path(""), None);
     }
 
     #[test]

@@ -29,6 +29,16 @@ pub fn image() -> PathBuf {
     path
 }
 
+/// The guest kernel.
+///
+/// # Panics
+/// `CAPSID_KERNEL` is not set.
+pub fn kernel() -> PathBuf {
+    std::env::var_os("CAPSID_KERNEL")
+        .map(PathBuf::from)
+        .expect("CAPSID_KERNEL names the guest kernel; `cargo xtask test` sets it")
+}
+
 /// A `capsid` command in the making.
 pub struct Run {
     command: Command,

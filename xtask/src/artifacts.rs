@@ -35,12 +35,17 @@ pub struct Artifacts {
 /// # Errors
 /// A part could not be made.
 pub fn ensure(context: &Context<'_>, profile: Profile) -> Result<Artifacts, Box<dyn Error>> {
+    let mut artifacts = Artifacts::default();
     let vmlinux = match std::env::var_os(KERNEL_VARIABLE).filter(|value| !value.is_empty()) {
         Some(path) => PathBuf::from(path),
-        None => kernel::ensure(context.progress, context.cache, context.workspace, None)?.vmlinux(),
+        None => {
+            let kernel = kernel::ensure(context.progress, context.cache, context.workspace, None)?;
+            // The tests look for it beside the other.
+            artifacts.add(None, kernel.bzimage(), "share/bzImage");
+            kernel.vmlinux()
+        }
     };
     let image = image::ensure(context)?;
-    let mut artifacts = Artifacts::default();
     artifacts.add(Some(KERNEL_VARIABLE), vmlinux, "share/vmlinux");
     artifacts.add(Some("CAPSID_TEST_IMAGE"), image, "share/busybox.tar");
     let built = programs::build(

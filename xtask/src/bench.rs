@@ -15,7 +15,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use clap::{Args, Subcommand};
 use serde_json::json;
 
-use crate::artifacts;
 use crate::cache::Cache;
 use crate::initramfs;
 use crate::programs::{self, Profile, Program};
@@ -108,7 +107,7 @@ fn boot(options: &Boot, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
 
 /// Everything the driver needs, on the programs drive, and its command line.
 fn order(context: &Context<'_>, options: &Boot) -> Result<Order, Box<dyn Error>> {
-    let mut artifacts = artifacts::ensure(context, Profile::Release)?;
+    let mut artifacts = testbed::prepare(context, Profile::Release, Mode::Metered)?;
     let built = programs::build(
         context.progress,
         context.workspace,

@@ -70,10 +70,10 @@ pub fn run(run: &Run, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
         workspace,
     };
     let place = choose(&progress, run.on);
-    let artifacts = artifacts::ensure(&context, Profile::Release)?;
     match place {
-        Place::Host => here(&artifacts, run),
+        Place::Host => here(&artifacts::ensure(&context, Profile::Release)?, run),
         Place::Testbed => {
+            let artifacts = testbed::prepare(&context, Profile::Release, Mode::Plain)?;
             let image = Path::new(PROGRAMS_DIR).join("share/busybox.tar");
             let order = Order {
                 items: artifacts.items(),

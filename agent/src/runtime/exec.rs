@@ -46,7 +46,8 @@ pub(super) fn exec(
     more: Vec<OwnedFd>,
 ) -> Result<i32, RuntimeError> {
     let mut more = more.into_iter();
-    let (Some(init), Some(cgroup)) = (more.next(), more.next()) else {
+    let (Some(init), Some(cgroup), Some(init_cgroup)) = (more.next(), more.next(), more.next())
+    else {
         return Err(RuntimeError::NoDescriptors);
     };
     let spec = Spec::load(bundle.join("config.json"))
@@ -75,7 +76,8 @@ pub(super) fn exec(
     nix::sys::prctl::set_dumpable(false).map_err(|e| io_error("becoming undumpable")(e.into()))?;
     setns(&init, namespaces - CloneFlags::CLONE_NEWCGROUP)
         .map_err(|e| io_error("entering the container's namespaces")(e.into()))?;
-    let pid = clone_into(&cgroup, plan).map_err(io_error("starting a process in the container"))?;
+    let pid = clone_into([&cgroup, &init_cgroup], plan)
+        .map_err(io_error("starting a process in the container"))?;
     if let Some(socket) = master_side {
         wait_readable(&socket).map_err(io_error("waiting for the terminal"))?;
         // Without one the child ended before it had a terminal, and says why on its report pipe.
@@ -125,8 +127,21 @@ fn namespaces(spec: &Spec) -> CloneFlags {
     flags
 }
 
-/// clone3(2) with CLONE_INTO_CGROUP: the child never runs outside the container's limits.
-fn clone_into(cgroup: &OwnedFd, plan: Plan) -> io::Result<i32> {
+/// Starts the child in the container's cgroup or, where that has given its controllers on to cgroups that the
+/// container made, in the one of the container's init, as runc does.
+fn clone_into([cgroup, init_cgroup]: [&OwnedFd; 2], plan: Plan) -> io::Result<i32> {
+    let born = match clone_into_one(cgroup) {
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => clone_into_one(init_cgroup),
+        result => result,
+    };
+    match born? {
+        0 => std::process::exit(child(plan)),
+        pid => Ok(pid),
+    }
+}
+
+/// clone3(2) with CLONE_INTO_CGROUP: the child never runs outside the container's limits. 0 in the child.
+fn clone_into_one(cgroup: &OwnedFd) -> io::Result<i32> {
     // SAFETY: an all-zero clone_args is a valid value of that plain C struct and means "as fork(2)".
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
     args.flags = CLONE_INTO_CGROUP;
@@ -137,7 +152,6 @@ fn clone_into(cgroup: &OwnedFd, plan: Plan) -> io::Result<i32> {
     // This process has one thread, so no lock can be held by a thread that the child lacks.
     match unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size) } {
         -1 => Err(io::Error::last_os_error()),
-        0 => std::process::exit(child(plan)),
         pid => i32::try_from(pid).map_err(io::Error::other),
     }
 }

@@ -31,7 +31,8 @@ pub enum Order {
         /// The container has a network namespace of its own: bring `lo` up in it.
         loopback: bool,
     },
-    /// Start one more process in a container; its init's pidfd and its cgroup's directory come, too.
+    /// Start one more process in a container; its init's pidfd, its cgroup's directory and that of its init's cgroup
+    /// come, too.
     Exec {
         /// Directory with the container's `config.json`.
         bundle: PathBuf,

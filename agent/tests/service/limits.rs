@@ -3,7 +3,7 @@
 use crate::guest::{Guest, container_request, context, lines, refusal};
 use capsid_protocol::agent::{Empty, UpdateRequest};
 use serde_json::json;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use ttrpc::Code;
 
 #[test]
@@ -50,6 +50,32 @@ fn a_container_over_its_memory_is_killed_and_told() {
     let stats = guest.client().stats(context(), &request).expect("told");
     assert_eq!(stats.memory_oom_kills, 1);
     guest.delete("c1", "").expect("deleted");
+}
+
+#[test]
+fn an_exec_goes_where_init_is_if_the_container_has_cgroups_of_its_own() {
+    let guest = Guest::start();
+    let own_tree = "cd /sys/fs/cgroup && mkdir init && echo 1 > init/cgroup.procs && \
+                    echo +pids > cgroup.subtree_control && echo moved && exec sleep 1000";
+    let mut spec = guest.spec(&["sh", "-c", own_tree]);
+    // The filter of these specs refuses mkdir.
+    spec["linux"]["seccomp"].take();
+    for mount in spec["mounts"].as_array_mut().expect("mounts") {
+        if mount["destination"] == "/sys/fs/cgroup" {
+            mount["options"] = json!(["nosuid", "noexec", "nodev", "rw"]);
+        }
+    }
+    let running = guest.run("c1", &spec);
+    let given_on = "/sys/fs/cgroup/capsid/c1/cgroup.subtree_control";
+    let until = Instant::now() + Duration::from_secs(60);
+    while lines(given_on) != ["pids"] {
+        assert!(Instant::now() < until, "the container made no cgroups");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let exec = guest.exec("c1", "e1", &guest.process("cat /proc/self/cgroup"));
+    let output = exec.expect("started").finish(&guest);
+    assert_eq!((output.status, output.stdout.as_str()), (0, "0::/init\n"));
+    guest.end(running);
 }
 
 #[test]

@@ -81,7 +81,13 @@ impl System {
     }
 }
 
+/// [`CMDLINE`] for a machine without the keyboard controller that resets the others.
+fn cmdline_of_microvm() -> String {
+    CMDLINE.replace("reboot=k", "reboot=t")
+}
+
 fn qemu(files: &Files) -> Vec<String> {
+    let cmdline = cmdline_of_microvm();
     let memory = format!("{MEMORY_MIB}M");
     let (kernel, tiny) = (text(&files.kernel), text(&files.tiny));
     // Options as QEMU's own documentation of microvm recommends for the fastest boot.
@@ -101,7 +107,7 @@ fn qemu(files: &Files) -> Vec<String> {
         "-initrd",
         &tiny,
         "-append",
-        CMDLINE,
+        &cmdline,
         "-nodefaults",
         "-no-user-config",
         "-nographic",

@@ -1,7 +1,7 @@
 //! The tiny init of the boot benchmark: one byte to the serial port, then a reset.
 //!
-//! It goes through the kernel's own driver (`8250.nr_uarts=1`), because a kernel may have no other way to a port. `reboot=k`
-//! on the command line makes the reset one that every VMM understands.
+//! It goes through the kernel's own driver (`8250.nr_uarts=1`), because a kernel may have no other way to a port. The command
+//! line says by what means (`reboot=`), one that the VMM understands.
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::reboot::{RebootMode, reboot};

@@ -1,7 +1,7 @@
 //! Bad input gets one clear line and leaves nothing.
 
 use capsid_tests::bundle::{Scratch, privileged_spec, unpack_busybox, write};
-use capsid_tests::capsid::{Run, capsid, image, run, sh};
+use capsid_tests::capsid::{Run, capsid, image, kernel, run, sh};
 use capsid_tests::ledger::Ledger;
 use serde_json::json;
 use std::fs;
@@ -116,11 +116,6 @@ fn a_kernel_that_is_none_is_refused() {
     ] {
         refused(run(&[], &["true"]).env("CAPSID_KERNEL", &path), words);
     }
-}
-
-fn kernel() -> String {
-    std::env::var("CAPSID_KERNEL")
-        .expect("CAPSID_KERNEL names the guest kernel; `cargo xtask test` sets it")
 }
 
 #[test]

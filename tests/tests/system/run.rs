@@ -1,7 +1,7 @@
 //! Each flag of `capsid run` means what docker means by it.
 
 use capsid_tests::bundle::{Scratch, privileged_spec, unpack_busybox, write};
-use capsid_tests::capsid::{capsid, run, sh};
+use capsid_tests::capsid::{capsid, kernel, run, sh};
 
 #[test]
 fn output_and_error_come_back_apart() {
@@ -66,6 +66,21 @@ fn cpus_and_memory_are_what_was_asked_for() {
         .and_then(|kib| kib.parse().ok())
         .expect("MemTotal");
     assert!((440 * 1024..=512 * 1024).contains(&kib), "{kib} KiB");
+}
+
+#[test]
+fn a_compressed_kernel_boots_as_well() {
+    let bzimage = kernel().with_file_name("bzImage");
+    assert!(
+        bzimage.exists(),
+        "{} does not exist; `cargo xtask kernel` leaves it beside vmlinux",
+        bzimage.display()
+    );
+    let ended = sh(&["--cpus", "2"], "nproc; exit 7")
+        .env("CAPSID_KERNEL", bzimage)
+        .wait();
+    ended.exits(7);
+    assert_eq!(ended.text(), "2\n");
 }
 
 #[test]

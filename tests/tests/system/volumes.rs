@@ -136,9 +136,8 @@ fn extended_attributes_are_kept() {
     assert_eq!(String::from_utf8_lossy(&get.stdout), "blue");
 }
 
-/// Makes the files and counts, in a container, the names of all and the bytes, ten a file, that `read` prints of
-/// each directory `$d`.
-fn list_and_read(read: &str, read_files: usize) {
+#[test]
+fn a_hundred_thousand_files_are_listed_and_read() {
     let scratch = Scratch::new("many");
     for index in 0..MANY_FILES {
         if index % 1000 == 0 {
@@ -151,30 +150,9 @@ fn list_and_read(read: &str, read_files: usize) {
         .expect("write");
     }
     let volume = format!("{}:/data:ro", scratch.path().display());
-    let script = format!("find /data -type f | wc -l; for d in /data/*; do {read}; done | wc -c");
-    let ended = sh(&["-v", &volume], &script)
-        .within(MANY_FILES_LIMIT)
-        .wait();
+    let script = "find /data -type f | wc -l; for d in /data/*; do cat $d/*; done | wc -c";
+    let ended = sh(&["-v", &volume], script).within(MANY_FILES_LIMIT).wait();
     ended.exits(0);
-    let text = ended.text();
-    let counts: Vec<usize> = text
-        .split_whitespace()
-        .filter_map(|count| count.parse().ok())
-        .collect();
-    assert_eq!(counts, [MANY_FILES, read_files * 10]);
-    println!(
-        "{MANY_FILES} files listed, {read_files} read, in {:?}",
-        ended.took
-    );
-}
-
-#[test]
-fn a_hundred_thousand_files_are_listed_and_every_tenth_is_read() {
-    list_and_read("cat $d/*0", MANY_FILES / 10);
-}
-
-#[test]
-#[ignore = "takes more than a quarter of an hour in the testbed and has not been seen to end; run it with --include-ignored"]
-fn a_hundred_thousand_files_are_listed_and_read() {
-    list_and_read("cat $d/*", MANY_FILES);
+    assert_eq!(ended.text(), format!("{MANY_FILES}\n{}\n", MANY_FILES * 10));
+    println!("{MANY_FILES} files listed and read in {:?}", ended.took);
 }

@@ -15,7 +15,7 @@ use crate::place::Place;
 use crate::programs::{self, Profile, TestBinary};
 use crate::run::choose;
 use crate::testbed::machine::Mode;
-use crate::testbed::saved::{Context, ensure_saved};
+use crate::testbed::saved::Context;
 use crate::testbed::session::Outputs;
 use crate::testbed::{self, Order};
 
@@ -36,6 +36,13 @@ const HARNESS_FLAG: &str = "--test-threads=1";
 const TESTBEDS_MAX: usize = 4;
 /// Into so many pieces the tests of each testbed are cut: each starts from the saved state, which takes two seconds.
 const SHARES_PER_TESTBED: usize = 4;
+/// Tests that take minutes where others take seconds. Each is a share of its own, and they begin first, so that no testbed is
+/// left alone with one at the end.
+const LONG: [&str; 3] = [
+    "volumes::a_hundred_thousand_files_are_listed_and_read",
+    "run::thirty_two_cpus_come_up",
+    "streams::a_quarter_gibibyte_goes_through_and_comes_back",
+];
 /// A share that takes longer hangs; most take a few minutes.
 const SHARE_LIMIT_S: u64 = 45 * 60;
 /// A line is passed on in pieces of this size; one so long is no result of the harness's.
@@ -48,7 +55,7 @@ pub(super) fn system(
     filters: &[String],
 ) -> Result<Count, Box<dyn Error>> {
     let place = choose(context.progress, on);
-    let tests = Tests::build(context, SYSTEM)?;
+    let tests = Tests::build(context, SYSTEM, place)?;
     let (tally, code) = match place {
         Place::Host => here(&tests, filters)?,
         Place::Testbed => inside(context, &tests, filters)?,
@@ -58,7 +65,7 @@ pub(super) fn system(
 
 /// The agent's tests, in testbeds.
 pub(super) fn service(context: &Context<'_>, filters: &[String]) -> Result<Count, Box<dyn Error>> {
-    let tests = Tests::build(context, SERVICE)?;
+    let tests = Tests::build(context, SERVICE, Place::Testbed)?;
     let (tally, code) = inside(context, &tests, filters)?;
     Ok(tests.counted(&tally, code))
 }
@@ -72,8 +79,15 @@ struct Tests {
 }
 
 impl Tests {
-    fn build(context: &Context<'_>, test: TestBinary) -> Result<Self, Box<dyn Error>> {
-        let mut artifacts = artifacts::ensure(context, Profile::Release)?;
+    fn build(
+        context: &Context<'_>,
+        test: TestBinary,
+        place: Place,
+    ) -> Result<Self, Box<dyn Error>> {
+        let mut artifacts = match place {
+            Place::Host => artifacts::ensure(context, Profile::Release)?,
+            Place::Testbed => testbed::prepare(context, Profile::Release, Mode::Plain)?,
+        };
         let binary = programs::build_test(context.progress, context.workspace, test)?;
         let name = format!("capsid-{}-tests", test.name);
         artifacts.add(None, binary.clone(), &format!("bin/{name}"));
@@ -105,8 +119,6 @@ fn inside(
     let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     let testbeds = processors.min(TESTBEDS_MAX);
     let tally = Tally::default();
-    // Made once, before several want it.
-    ensure_saved(context, Mode::Plain)?;
     let queue = Mutex::new(shares(&names, testbeds * SHARES_PER_TESTBED).into_iter());
     let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
     let worker = || {
@@ -177,16 +189,22 @@ fn listed(list: &str) -> Vec<String> {
         .collect()
 }
 
-/// The names dealt out in turn, so that neighbours, which mostly take about as long, go to different testbeds.
+/// The long ones first, each alone; the others dealt out in turn, so that neighbours, which mostly take about as long, go to
+/// different testbeds.
 fn shares(names: &[String], count: usize) -> Vec<Vec<String>> {
-    let mut shares = vec![Vec::new(); count.clamp(1, names.len().max(1))];
-    let places = (0..shares.len()).cycle();
-    for (name, place) in names.iter().zip(places) {
-        if let Some(share) = shares.get_mut(place) {
-            share.push(name.clone());
+    let (long, others): (Vec<_>, Vec<_>) = names
+        .iter()
+        .cloned()
+        .partition(|name| LONG.contains(&name.as_str()));
+    let mut dealt = vec![Vec::new(); count.clamp(1, others.len().max(1))];
+    let places = (0..dealt.len()).cycle();
+    for (name, place) in others.into_iter().zip(places) {
+        if let Some(share) = dealt.get_mut(place) {
+            share.push(name);
         }
     }
-    shares.retain(|share| !share.is_empty());
+    let mut shares: Vec<Vec<String>> = long.into_iter().map(|name| vec![name]).collect();
+    shares.extend(dealt.into_iter().filter(|share| !share.is_empty()));
     shares
 }
 
@@ -322,5 +340,8 @@ mod tests {
         );
         assert_eq!(shares(&names, 9).len(), 3);
         assert!(shares(&[], 2).is_empty());
+        let long = LONG[0].to_owned();
+        let names = [&names[..], std::slice::from_ref(&long)].concat();
+        assert_eq!(shares(&names, 1), [vec![long], names[..3].to_vec()]);
     }
 }

@@ -225,11 +225,38 @@ fn resumed(
     code.map_err(|error| machine.lost(&error.to_string()).into())
 }
 
+/// Builds or finds everything for runs in the testbed, and the testbed itself, side by side: making the testbed waits much for
+/// the network and for itself, while compiling the kernel takes every processor there is.
+///
+/// # Errors
+/// A part could not be made.
+pub fn prepare(
+    context: &Context<'_>,
+    profile: Profile,
+    mode: Mode,
+) -> Result<Artifacts, Box<dyn Error>> {
+    let (artifacts, testbed) = std::thread::scope(|scope| {
+        let testbed = scope.spawn(|| match ensure_saved(context, mode) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(crate::chain(error.as_ref())),
+        });
+        (artifacts::ensure(context, profile), testbed.join())
+    });
+    let artifacts = artifacts?;
+    testbed.map_err(|_| "making the testbed panicked")??;
+    Ok(artifacts)
+}
+
 fn order(
     context: &Context<'_>,
     machinery: &Machinery,
     words: &[OsString],
 ) -> Result<Order, Box<dyn Error>> {
+    let mode = if machinery.metered {
+        Mode::Metered
+    } else {
+        Mode::Plain
+    };
     let artifacts = if machinery.bare {
         Artifacts::default()
     } else {
@@ -238,7 +265,7 @@ fn order(
         } else {
             Profile::Release
         };
-        artifacts::ensure(context, profile)?
+        prepare(context, profile, mode)?
     };
     let mut items = artifacts.items();
     let mut copies = Vec::new();
@@ -250,11 +277,6 @@ fn order(
         });
         copies.push((place, copy.to.clone()));
     }
-    let mode = if machinery.metered {
-        Mode::Metered
-    } else {
-        Mode::Plain
-    };
     let variables = artifacts.variables_inside();
     Ok(Order {
         items,
