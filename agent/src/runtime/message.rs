@@ -12,8 +12,8 @@ use std::path::PathBuf;
 const RECORD_MAX_BYTES: usize = 16 * 1024;
 /// Longest text of an error in bytes.
 pub const TEXT_MAX_BYTES: usize = 1024;
-/// Most descriptors with one record.
-const FDS_MAX_COUNT: usize = 6;
+/// Most descriptors with one record: a process's four, and the three that an exec needs besides.
+const FDS_MAX_COUNT: usize = 7;
 
 /// What the runtime process shall do. Descriptors 0, 1, 2 of the new process and its report pipe come with it.
 #[derive(Debug, Serialize, Deserialize)]

@@ -64,7 +64,11 @@ fn plain(words: &[String]) -> io::Result<Sample> {
 fn first_byte(mut stream: impl Read, since: Instant) -> io::Result<Duration> {
     let mut buffer = [0; 4096];
     let init = match stream.read(&mut buffer)? {
-        0 => return Err(io::Error::other("it ended before its guest said anything")),
+        0 => {
+            let took = since.elapsed();
+            let what = format!("it ended after {took:?} before its guest said anything");
+            return Err(io::Error::other(what));
+        }
         _ => since.elapsed(),
     };
     // Drained to its end, so that a talkative system is not blocked.
