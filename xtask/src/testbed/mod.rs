@@ -34,6 +34,8 @@ use machine::{Machine, Mode, Start};
 use saved::{Context, ensure_saved};
 use session::Outputs;
 
+/// After so much silence a machine may be asleep for ever (see `session`).
+const NUDGE_INTERVAL: Duration = Duration::from_secs(1);
 /// Where the programs' drive is mounted inside; its `bin` is on the search path.
 pub const PROGRAMS_DIR: &str = "/capsid";
 
@@ -221,7 +223,13 @@ fn resumed(
     } else {
         None
     };
-    let code = session::carry(&machine.door, run, input, outputs, signals, order.limit);
+    let nudge = match order.mode {
+        Mode::Plain => Some(NUDGE_INTERVAL),
+        // Each would be part of what is measured.
+        Mode::Metered => None,
+    };
+    let door = &machine.door;
+    let code = session::carry(door, run, input, outputs, signals, order.limit, nudge);
     code.map_err(|error| machine.lost(&error.to_string()).into())
 }
 
