@@ -24,9 +24,9 @@ const TIMED_OUT: u8 = 124;
 /// One read from the door.
 const DOOR_READ_BYTES: usize = 64 << 10;
 
-/// No credit at all: the door reads it and does nothing. QEMU now and then loses an interrupt of the machine's (10.0.2: the
-/// processor's thread changes `interrupt_request` without the lock under which others set bits in it), and an idle machine whose
-/// timer's interrupt is lost sleeps for ever. The next interrupt of any device makes up for it, and this frame is one.
+/// No credit at all: the door reads it and does nothing. Now and then QEMU (10.0.2) loses an interrupt of the machine's, and an
+/// idle machine whose timer's interrupt is lost sleeps for ever. The next interrupt of any device makes up for it, and this frame
+/// brings one (`docs/decisions/0008-testbed-of-one-processor.md`).
 const NUDGE: Frame = Frame::Credit(Stream::Out, 0);
 
 /// Why the command's end is not known.
