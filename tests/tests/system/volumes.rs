@@ -9,7 +9,7 @@ use std::time::Duration;
 
 /// Files that are listed and read.
 const MANY_FILES: usize = 100_000;
-/// So few that `cat` has read them while the guest still believes what listing them told it of each.
+/// So few that `cat` may have read them while the guest still believes what listing told it of each, which is for a second.
 const FILES_PER_DIRECTORY: usize = 100;
 /// How long that may take: each file is three or four requests, and each of these costs an emulated host one to two
 /// milliseconds.
