@@ -229,17 +229,24 @@ impl Cgroup {
 
     /// The directory of the cgroup that process `pid` is in, if that is this one or below it. A container that
     /// may write its cgroups keeps its processes in the leaves (systemd and dockerd do), and nobody can be born
-    /// in a cgroup whose controllers are given on.
+    /// in a cgroup whose controllers are given on. None too where the process has ended, or moved and removed that
+    /// cgroup while we looked: the container may do so at any time.
     ///
     /// # Errors
-    /// The process or its cgroup is gone.
+    /// /proc or the directory cannot be read.
     pub fn directory_of(&self, pid: u32) -> Result<Option<OwnedFd>, CgroupError> {
         let file = PathBuf::from(format!("/proc/{pid}/cgroup"));
-        let text = read_bounded(&file).map_err(failed("reading", file))?;
-        let below = v2_path(&text).and_then(|path| path.strip_prefix(&self.name).ok());
-        below
-            .map(|below| open_directory(&self.path.join(below)))
-            .transpose()
+        let text = match read_bounded(&file) {
+            Err(e) if is_gone(&e) || e.raw_os_error() == Some(libc::ESRCH) => return Ok(None),
+            result => result.map_err(failed("reading", file))?,
+        };
+        let Some(below) = v2_path(&text).and_then(|path| path.strip_prefix(&self.name).ok()) else {
+            return Ok(None);
+        };
+        match open_directory(&self.path.join(below)) {
+            Err(CgroupError::File { cause, .. }) if is_gone(&cause) => Ok(None),
+            result => result.map(Some),
+        }
     }
 
     /// Kills what is left in it, waits for that, and removes it with the cgroups made below it.
@@ -433,6 +440,15 @@ mod tests {
         assert_eq!(v2_path("0::/../outside\n"), None);
         assert_eq!(v2_path("0::/capsid/c1/gone (deleted)\n"), None);
         assert_eq!(v2_path(""), None);
+    }
+
+    #[test]
+    fn a_process_that_ended_or_left_is_in_no_cgroup_of_ours() {
+        let cgroup = Cgroup::of(Path::new("/sys/fs/cgroup"), "never-made");
+        let mut ended = std::process::Command::new("true").spawn().expect("spawn");
+        ended.wait().expect("wait");
+        assert!(matches!(cgroup.directory_of(ended.id()), Ok(None)));
+        assert!(matches!(cgroup.directory_of(std::process::id()), Ok(None)));
     }
 
     #[test]
