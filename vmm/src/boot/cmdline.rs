@@ -26,6 +26,8 @@ const ALWAYS: &[&str] = &[
     "fb_tunnels=none",
     "dummy.numdummies=0",
     "ifb.numifbs=0",
+    // Memory that the VMM adds is used at once.
+    "memhp_default_state=online",
     // Waiting for a grace period is most of what a boot waits for.
     "rcupdate.rcu_expedited=1",
 ];
