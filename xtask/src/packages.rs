@@ -3,6 +3,7 @@
 //! Trusts the machine's own apt configuration: a package that only the backports of this release have comes from the mirror
 //! that is already configured, so no host name is written here.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -12,7 +13,8 @@ use crate::progress::{LogError, Progress, Step};
 
 /// Where the keys of Debian's archives are, on every Debian.
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
-const SOURCES_DIR: &str = "/etc/apt/sources.list.d";
+/// Where the backports are added, on a machine that is configured without them.
+const BACKPORTS_LIST: &str = "/etc/apt/sources.list.d/capsid-backports.list";
 /// Another installation may be under way; it is waited for this long.
 const DPKG_LOCK_TIMEOUT_S: u32 = 600;
 
@@ -78,6 +80,16 @@ pub enum PackagesError {
     /// The release is not known.
     #[error("/etc/os-release does not name a release (VERSION_CODENAME)")]
     NoRelease,
+    /// Without apt's lists nobody can say which version it would install, and from where.
+    #[error(
+        "{reason} needs {names}, and apt has no lists to say where from: run `apt-get update` as root and then this again, or this once as root"
+    )]
+    NoLists {
+        /// What needs them.
+        reason: String,
+        /// Their names.
+        names: String,
+    },
     /// A file could not be written.
     #[error("writing {}", path.display())]
     Write {
@@ -112,38 +124,110 @@ pub fn ensure(progress: &Progress, reason: &str, wanted: &[Package]) -> Result<(
         });
     }
     if !rustix::process::geteuid().is_root() {
-        return Err(PackagesError::NotRoot {
-            reason: reason.to_owned(),
-            command: format!("apt-get install {names}"),
-        });
+        return Err(not_root(reason, &missing)?);
     }
     progress.say(&format!("{reason} needs {names}"));
     progress.step("Debian packages", |step| {
         let _lock = lock()?;
         update_lists(step)?;
-        let too_old = |package: &&Package| {
-            package
-                .at_least
-                .is_some_and(|version| !offered(package.name, version))
-        };
-        let (from_backports, own): (Vec<Package>, Vec<Package>) = missing
-            .iter()
-            .copied()
-            .partition(|package| too_old(&package));
-        if !own.is_empty() {
-            step.run_to_the_end(&mut install(&own, None))?;
-        }
-        if !from_backports.is_empty() {
-            let codename = codename()?;
-            add_backports(&codename)?;
-            update_lists(step)?;
-            step.run_to_the_end(&mut install(
-                &from_backports,
-                Some(&format!("{codename}-backports")),
-            ))?;
+        for act in plan(&missing)? {
+            act.run(step)?;
         }
         Ok(())
     })
+}
+
+/// The refusal that says what root would do.
+fn not_root(reason: &str, missing: &[Package]) -> Result<PackagesError, PackagesError> {
+    let unknown =
+        |package: &&Package| package.at_least.is_some() && offered(package.name).is_none();
+    if missing.iter().any(|package| unknown(&package)) {
+        return Ok(PackagesError::NoLists {
+            reason: reason.to_owned(),
+            names: names(missing),
+        });
+    }
+    let acts = plan(missing)?;
+    let update = Act::Run(update_command()).to_string();
+    let rest = acts.iter().map(Act::to_string);
+    Ok(PackagesError::NotRoot {
+        reason: reason.to_owned(),
+        command: std::iter::once(update)
+            .chain(rest)
+            .collect::<Vec<_>>()
+            .join(" && "),
+    })
+}
+
+/// One thing that root does to install packages; its text is what a person would type.
+#[derive(Debug)]
+enum Act {
+    Run(Command),
+    AddSource(String),
+}
+
+impl Act {
+    fn run(self, step: &Step) -> Result<(), PackagesError> {
+        match self {
+            Self::Run(mut command) => Ok(step.run_to_the_end(&mut command)?),
+            Self::AddSource(source) => {
+                let path = PathBuf::from(BACKPORTS_LIST);
+                std::fs::write(&path, format!("{source}\n"))
+                    .map_err(|cause| PackagesError::Write { path, cause })
+            }
+        }
+    }
+}
+
+impl fmt::Display for Act {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Run(command) => f.write_str(&shown(command)),
+            Self::AddSource(source) => write!(f, "echo '{source}' > {BACKPORTS_LIST}"),
+        }
+    }
+}
+
+/// What apt is configured with.
+#[derive(Debug)]
+struct Archive {
+    codename: String,
+    mirror: String,
+    has_backports: bool,
+}
+
+/// What is to be done after apt's lists were brought up to date.
+fn plan(missing: &[Package]) -> Result<Vec<Act>, PackagesError> {
+    let too_old = |package: &&Package| {
+        package.at_least.is_some_and(|wanted| {
+            !offered(package.name).is_some_and(|version| not_older(&version, wanted))
+        })
+    };
+    let (newer, own): (Vec<Package>, Vec<Package>) = missing
+        .iter()
+        .copied()
+        .partition(|package| too_old(&package));
+    if newer.is_empty() {
+        return Ok(vec![Act::Run(install(&own, None))]);
+    }
+    Ok(with_backports(&own, &newer, &archive()?))
+}
+
+fn with_backports(own: &[Package], newer: &[Package], archive: &Archive) -> Vec<Act> {
+    let backports = format!("{}-backports", archive.codename);
+    let mut acts = Vec::new();
+    if !own.is_empty() {
+        acts.push(Act::Run(install(own, None)));
+    }
+    if !archive.has_backports {
+        let mirror = &archive.mirror;
+        acts.push(Act::AddSource(format!(
+            "deb [signed-by={KEYRING}] {mirror} {backports} main"
+        )));
+        acts.push(Act::Run(update_command()));
+    }
+    acts.push(Act::Run(install(newer, Some(&backports))));
+    acts
 }
 
 /// Brings apt's lists up to date.
@@ -163,7 +247,13 @@ fn lock() -> Result<Lock, PackagesError> {
 }
 
 fn update_lists(step: &Step) -> Result<(), PackagesError> {
-    Ok(step.run_to_the_end(Command::new("apt-get").arg("update"))?)
+    Ok(step.run_to_the_end(&mut update_command())?)
+}
+
+fn update_command() -> Command {
+    let mut command = Command::new("apt-get");
+    command.arg("update");
+    command
 }
 
 fn install(missing: &[Package], backports: Option<&str>) -> Command {
@@ -242,13 +332,10 @@ fn not_older(version: &str, wanted: &str) -> bool {
         .is_ok_and(|status| status.success())
 }
 
-/// Whether the release would install a version that is new enough.
-fn offered(name: &str, version: &str) -> bool {
-    let Ok((_, output)) = command::query(Command::new("apt-cache").args(["policy", name])) else {
-        return false;
-    };
+/// The version that apt would install by itself.
+fn offered(name: &str) -> Option<String> {
+    let (_, output) = command::query(Command::new("apt-cache").args(["policy", name])).ok()?;
     candidate(&String::from_utf8_lossy(&output))
-        .is_some_and(|candidate| not_older(&candidate, version))
 }
 
 fn candidate(policy: &str) -> Option<String> {
@@ -283,49 +370,39 @@ fn release_codename(os_release: &str) -> Option<String> {
 /// # Errors
 /// There is none for its release.
 pub fn mirror() -> Result<String, PackagesError> {
+    Ok(archive()?.mirror)
+}
+
+fn archive() -> Result<Archive, PackagesError> {
     let codename = codename()?;
     let mut command = Command::new("apt-get");
     command.args([
         "indextargets",
         "--format",
-        "$(ORIGIN) $(CODENAME) $(COMPONENT) $(REPO_URI)",
+        "$(ORIGIN)|$(CODENAME)|$(COMPONENT)|$(REPO_URI)",
         "Created-By: Packages",
     ]);
     let (_, output) = command::query(&mut command)?;
-    mirror_of(&String::from_utf8_lossy(&output), &codename)
-        .ok_or(PackagesError::NoMirror { codename })
-}
-
-fn mirror_of(targets: &str, codename: &str) -> Option<String> {
-    targets.lines().find_map(|line| {
-        let mut words = line.split_whitespace();
-        let ours = words.next() == Some("Debian")
-            && words.next() == Some(codename)
-            && words.next() == Some("main");
-        if ours {
-            words.next().map(str::to_owned)
-        } else {
-            None
-        }
+    let targets = String::from_utf8_lossy(&output);
+    let Some(mirror) = mirror_of(&targets, "Debian", &codename) else {
+        return Err(PackagesError::NoMirror { codename });
+    };
+    let backports = mirror_of(
+        &targets,
+        "Debian Backports",
+        &format!("{codename}-backports"),
+    );
+    Ok(Archive {
+        codename,
+        mirror,
+        has_backports: backports.is_some(),
     })
 }
 
-fn add_backports(codename: &str) -> Result<(), PackagesError> {
-    let path = PathBuf::from(SOURCES_DIR).join("capsid-backports.sources");
-    let text = backports_source(&mirror()?, codename);
-    std::fs::write(&path, text).map_err(|cause| PackagesError::Write { path, cause })
-}
-
-fn backports_source(mirror: &str, codename: &str) -> String {
-    format!(
-        "# Written by `cargo xtask`: newer packages of this release, which Capsid's testbed needs.\n\
-         Types: deb\nURIs: {mirror}\nSuites: {codename}-backports\nComponents: main\nSigned-By: {KEYRING}\n"
-    )
-}
-
-/// For messages: what a person would run to install these.
-pub fn install_line(packages: &[Package]) -> String {
-    shown(&install(packages, None))
+fn mirror_of(targets: &str, origin: &str, codename: &str) -> Option<String> {
+    let start = format!("{origin}|{codename}|main|");
+    let address = targets.lines().find_map(|line| line.strip_prefix(&start))?;
+    Some(address.to_owned())
 }
 
 #[cfg(test)]
@@ -364,25 +441,53 @@ mod tests {
 
     #[test]
     fn the_mirror_is_that_of_the_release_itself() {
-        let targets = "Other bookworm main http://other/\nDebian bookworm-updates main http://a/\nDebian bookworm main http://b/debian/\n";
+        let targets = "Other|bookworm|main|http://other/\nDebian|bookworm-updates|main|http://a/\n\
+             Debian|bookworm|main|http://b/debian/\nDebian Backports|bookworm-backports|main|http://c/\n";
+        let mirror = |origin, codename| mirror_of(targets, origin, codename);
         assert_eq!(
-            mirror_of(targets, "bookworm").as_deref(),
+            mirror("Debian", "bookworm").as_deref(),
             Some("http://b/debian/")
         );
-        assert_eq!(mirror_of(targets, "trixie"), None);
+        assert_eq!(mirror("Debian", "trixie"), None);
+        assert!(mirror("Debian Backports", "bookworm-backports").is_some());
+        assert!(mirror("Debian Backports", "trixie-backports").is_none());
+    }
+
+    fn line(own: &[Package], has_backports: bool) -> String {
+        let archive = Archive {
+            codename: "bookworm".to_owned(),
+            mirror: "http://mirror/debian/".to_owned(),
+            has_backports,
+        };
+        let newer = [at_least("qemu-system-x86", "1:9")];
+        let acts = with_backports(own, &newer, &archive);
+        acts.iter()
+            .map(Act::to_string)
+            .collect::<Vec<_>>()
+            .join(" && ")
     }
 
     #[test]
-    fn the_backports_source_names_the_machines_own_mirror() {
-        let text = backports_source("http://mirror/debian/", "bookworm");
+    fn what_the_release_has_too_old_is_said_to_come_from_backports() {
+        let line = line(&[any("tar")], true);
+        let (own, newer) = line.split_once(" && ").expect("two commands");
+        assert!(own.ends_with(" tar") && !own.contains(" -t "), "{line}");
         assert!(
-            text.contains("\nURIs: http://mirror/debian/\nSuites: bookworm-backports\n"),
-            "{text}"
+            newer.ends_with(" -t bookworm-backports qemu-system-x86"),
+            "{line}"
         );
     }
 
     #[test]
-    fn the_install_line_can_be_typed() {
-        assert!(install_line(&[any("gcc"), any("make")]).ends_with(" gcc make"));
+    fn backports_that_are_not_there_are_added_first() {
+        let line = line(&[], false);
+        assert!(
+            line.starts_with(
+                "echo 'deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
+                 http://mirror/debian/ bookworm-backports main' > /etc/apt/sources.list.d/capsid-backports.list \
+                 && apt-get update && "
+            ),
+            "{line}"
+        );
     }
 }
