@@ -6,6 +6,7 @@
 mod count;
 mod deny;
 mod hosted;
+mod tools;
 
 use std::error::Error;
 use std::io::{BufRead, BufReader, Write};
@@ -69,17 +70,20 @@ pub fn run(test: &Test, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
         workspace,
     };
     packages::ensure(&progress, "building and testing", &programs::PACKAGES)?;
+    let suites: Vec<Suite> = Suite::value_variants()
+        .iter()
+        .copied()
+        .filter(|suite| test.suite.is_empty() || test.suite.contains(suite))
+        .collect();
+    tools::ensure(&progress, &suites)?;
     let mut count = Count::default();
-    for suite in Suite::value_variants() {
-        if !test.suite.is_empty() && !test.suite.contains(suite) {
-            continue;
-        }
+    for suite in suites {
         let name = suite
             .to_possible_value()
             .map(|value| value.get_name().to_owned())
             .unwrap_or_default();
         progress.say(&format!("suite {name} ..."));
-        let part = run_suite(&context, test, *suite).unwrap_or_else(|error| {
+        let part = run_suite(&context, test, suite).unwrap_or_else(|error| {
             // It could not even run: one failure, with its reason, and on to the next.
             eprintln!("suite {name}: {}", crate::chain(error.as_ref()));
             Count::failed_one()
