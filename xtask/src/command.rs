@@ -1,7 +1,7 @@
 //! Runs one plain command: shows it as a person would type it, sends what it prints to the step's log, and turns a bad end
 //! into an error that carries the exit status and the tail of the log.
 //!
-//! A child dies with us, even when we are killed by SIGKILL (parent-death signal); on Ctrl-C its whole process group is killed.
+//! A child dies with us, even when we are killed by SIGKILL (parent-death signal); on Ctrl-C all that it started is killed.
 #![allow(unsafe_code)] // `Command::pre_exec`, the only way to set the parent-death signal of a child.
 
 use std::ffi::OsStr;
@@ -14,6 +14,8 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use rustix::process::{Pid, Signal, getpid, getppid, set_parent_process_death_signal};
 
 use crate::interrupt::{self, Undone};
+
+pub use crate::interrupt::OnInterrupt;
 use crate::progress::Step;
 
 /// How much of a log an error shows.
@@ -74,21 +76,12 @@ pub enum CommandError {
     },
 }
 
-/// What happens to a child when we are interrupted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnInterrupt {
-    /// It is killed with everything it started.
-    Kill,
-    /// It is left to finish: killing a package installation half-way breaks the machine.
-    Finish,
-}
-
 /// A child with what makes it die with us.
 #[derive(Debug)]
 pub struct Running {
     /// The process, a leader of its own process group.
     pub child: Child,
-    _undone: Option<Undone>,
+    _undone: Undone,
 }
 
 /// Starts a command in a process group of its own.
@@ -103,15 +96,7 @@ pub fn spawn(command: &mut Command, on_interrupt: OnInterrupt) -> io::Result<Run
         // is async-signal-safe; it touches no memory of the parent but a copied pid.
         unsafe { command.pre_exec(move || die_with(parent)) };
     }
-    let child = command.spawn()?;
-    let undone = (on_interrupt == OnInterrupt::Kill)
-        .then(|| {
-            i32::try_from(child.id())
-                .ok()
-                .and_then(Pid::from_raw)
-                .map(interrupt::kill_group)
-        })
-        .flatten();
+    let (child, undone) = interrupt::start(on_interrupt, || command.spawn())?;
     Ok(Running {
         child,
         _undone: undone,
@@ -140,13 +125,13 @@ impl Step {
         self.run_quietly(command, OnInterrupt::Kill)
     }
 
-    /// As `run`, for a command that an interruption must not stop half-way.
+    /// As `run`, for a command that an interruption asks to end and must not stop half-way.
     ///
     /// # Errors
     /// As `run`.
     pub fn run_to_the_end(&self, command: &mut Command) -> Result<(), CommandError> {
         self.say(format!("           $ {}", shown(command)));
-        self.run_quietly(command, OnInterrupt::Finish)
+        self.run_quietly(command, OnInterrupt::Ask)
     }
 
     fn run_quietly(

@@ -1,20 +1,27 @@
-//! Ctrl-C, SIGTERM and SIGHUP, in whatever phase they come: the process groups we started are killed, the temporary
-//! directories we made are removed, and we end with 128+n. A session with the testbed takes the signals itself and forwards
-//! them (`Taken`).
+//! Ctrl-C, SIGTERM and SIGHUP, in whatever phase they come: what our children started is killed, the temporary directories we
+//! made are removed, and we end with 128+n. A session with the testbed takes the signals while it lasts and forwards them
+//! (`take`).
 //!
 //! Trusts only ourselves. What SIGKILL leaves behind is dealt with elsewhere: children carry a parent-death signal
 //! (`command`), temporaries are removed by the next build of the same kind (`cache`).
 
+mod processes;
+
+use std::io;
 use std::path::PathBuf;
+use std::process::Child;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process_group};
+use rustix::process::{Pid, Signal};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
 
-/// A directory whose writers were just killed may need a second look before it is empty.
+/// Our own threads write on while we remove: a directory may need a second look before it is empty.
 const REMOVE_TRIES: u32 = 100;
+/// What was killed is waited for so long, and what may finish is.
+const END_TIMEOUT_MS: u64 = 1000;
 
 static REGISTRY: Mutex<Registry> = Mutex::new(Registry {
     next: 0,
@@ -25,12 +32,22 @@ static REGISTRY: Mutex<Registry> = Mutex::new(Registry {
 struct Registry {
     next: u64,
     entries: Vec<(u64, Undo)>,
-    taken: Option<Sender<i32>>,
+    taken: Option<(u64, Sender<i32>)>,
 }
 
 enum Undo {
-    KillGroup(Pid),
+    Kill(Pid),
+    Ask(Pid),
     Remove(PathBuf),
+}
+
+/// What happens to a child when we are interrupted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum OnInterrupt {
+    /// It is killed with everything it started.
+    Kill,
+    /// It is asked to end, and left to finish if it does not: a package installation that is killed half-way breaks the machine.
+    Ask,
 }
 
 /// While it lives, an interruption undoes what it stands for.
@@ -43,16 +60,17 @@ impl Drop for Undone {
     }
 }
 
-/// While it lives, signals arrive here as numbers instead of ending the process.
+/// While it lives, signals are handed to whoever took them instead of ending the process.
 #[derive(Debug)]
-pub struct Taken {
-    /// The signals, in the order they came.
-    pub signals: Receiver<i32>,
-}
+pub struct Taken(u64);
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        registry().taken = None;
+        let mut registry = registry();
+        // Somebody else may have taken them since.
+        if registry.taken.as_ref().is_some_and(|(id, _)| *id == self.0) {
+            registry.taken = None;
+        }
     }
 }
 
@@ -60,7 +78,7 @@ impl Drop for Taken {
 ///
 /// # Errors
 /// The handlers could not be installed.
-pub fn install() -> std::io::Result<()> {
+pub fn install() -> io::Result<()> {
     let mut signals = Signals::new([SIGINT, SIGTERM, SIGHUP, SIGWINCH])?;
     std::thread::spawn(move || {
         for signal in signals.forever() {
@@ -70,38 +88,59 @@ pub fn install() -> std::io::Result<()> {
     Ok(())
 }
 
-/// Kill this process group when we are interrupted.
-pub fn kill_group(leader: Pid) -> Undone {
-    register(Undo::KillGroup(leader))
+/// Starts a child, the leader of a process group of its own, and says what becomes of it when we are interrupted.
+///
+/// # Errors
+/// It could not be started.
+pub fn start(
+    on_interrupt: OnInterrupt,
+    spawn: impl FnOnce() -> io::Result<Child>,
+) -> io::Result<(Child, Undone)> {
+    // Locked meanwhile, so that no interruption finds a child that it does not know.
+    let mut registry = registry();
+    let child = spawn()?;
+    let leader = Pid::from_child(&child);
+    let undone = registry.add(match on_interrupt {
+        OnInterrupt::Kill => Undo::Kill(leader),
+        OnInterrupt::Ask => Undo::Ask(leader),
+    });
+    Ok((child, undone))
 }
 
 /// Remove this file or directory when we are interrupted.
 pub fn remove(path: PathBuf) -> Undone {
-    register(Undo::Remove(path))
+    registry().add(Undo::Remove(path))
 }
 
-/// From now on signals are handed to the caller.
-pub fn take() -> Taken {
+/// From now on signals are handed to the caller as numbers, in the order they come.
+pub fn take() -> (Receiver<i32>, Taken) {
     let (sender, signals) = channel();
-    registry().taken = Some(sender);
-    Taken { signals }
+    let mut registry = registry();
+    let id = registry.number();
+    registry.taken = Some((id, sender));
+    (signals, Taken(id))
 }
 
 fn registry() -> MutexGuard<'static, Registry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn register(undo: Undo) -> Undone {
-    let mut registry = registry();
-    let id = registry.next;
-    registry.next += 1;
-    registry.entries.push((id, undo));
-    Undone(id)
+impl Registry {
+    fn number(&mut self) -> u64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn add(&mut self, undo: Undo) -> Undone {
+        let id = self.number();
+        self.entries.push((id, undo));
+        Undone(id)
+    }
 }
 
 fn on_signal(signal: i32) {
     let registry = registry();
-    if let Some(taker) = &registry.taken {
+    if let Some((_, taker)) = &registry.taken {
         // A taker that is gone dropped its receiver a moment ago; then the signal is ours after all.
         if taker.send(signal).is_ok() {
             return;
@@ -110,20 +149,42 @@ fn on_signal(signal: i32) {
     if signal == SIGWINCH {
         return;
     }
-    // The lock is held until the process ends, so nobody starts anything new behind our back.
-    for (_, undo) in &registry.entries {
-        if let Undo::KillGroup(leader) = undo {
-            // It may have ended by itself.
-            let _ = kill_process_group(*leader, Signal::KILL);
-        }
-    }
-    for (_, undo) in &registry.entries {
-        if let Undo::Remove(path) = undo {
-            remove_now(path);
-        }
-    }
+    // The lock is held until the process ends, so nobody starts anything new behind our back, and nobody who waits for a child
+    // of ours gets to tell how that ended.
+    undo(&registry);
     eprintln!("xtask: interrupted");
     std::process::exit(128 + signal);
+}
+
+fn undo(registry: &Registry) {
+    let deadline = Instant::now() + Duration::from_millis(END_TIMEOUT_MS);
+    let undos = || registry.entries.iter().map(|(_, undo)| undo);
+    let asked: Vec<_> = undos()
+        .filter_map(|undo| match undo {
+            Undo::Ask(leader) => Some((*leader, processes::signal(*leader, Signal::INT)?)),
+            _ => None,
+        })
+        .collect();
+    let doomed: Vec<Pid> = undos()
+        .filter_map(|undo| match undo {
+            Undo::Kill(leader) => Some(*leader),
+            _ => None,
+        })
+        .collect();
+    processes::kill(&doomed, deadline);
+    for (leader, process) in asked {
+        if !processes::ended(&process, deadline) {
+            eprintln!(
+                "xtask: process {leader} is installing packages and goes on until it has: stopped there, it would leave them half installed"
+            );
+        }
+    }
+    for path in undos().filter_map(|undo| match undo {
+        Undo::Remove(path) => Some(path),
+        _ => None,
+    }) {
+        remove_now(path);
+    }
 }
 
 fn remove_now(path: &PathBuf) {
@@ -135,7 +196,7 @@ fn remove_now(path: &PathBuf) {
         };
         match done {
             Ok(()) => return,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return,
             Err(_) => {}
         }
     }

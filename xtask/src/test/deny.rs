@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use super::check;
 use super::count::Count;
 use crate::cache::Key;
-use crate::command::shown;
+use crate::command::{self, OnInterrupt, shown};
 use crate::testbed::saved::Context;
 
 /// The version whose configuration deny.toml is.
@@ -30,12 +30,12 @@ pub(super) fn run(context: &Context<'_>) -> Result<Count, Box<dyn Error>> {
     ]))?;
     let mut fetch = deny(&["fetch", "db"]);
     eprintln!("           $ {}", shown(&fetch));
-    let fetched = fetch
+    fetch
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .status()?;
-    if fetched.success() {
+        .stderr(Stdio::null());
+    let mut fetching = command::spawn(&mut fetch, OnInterrupt::Kill)?;
+    if fetching.child.wait()?.success() {
         count.add(check(&mut deny(&["--workspace", "check", "advisories"]))?);
     } else {
         println!("SKIPPED: security advisories: their database cannot be fetched from here");

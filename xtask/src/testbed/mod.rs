@@ -165,8 +165,7 @@ impl Order {
 /// # Errors
 /// The testbed could not be made or went down.
 pub fn execute(context: &Context<'_>, order: Order) -> Result<u8, Box<dyn Error>> {
-    let (input, signals) = (Some(std::io::stdin()), Some(interrupt::take()));
-    resumed(context, order, input, Outputs::ours(), signals)
+    resumed(context, order, Streams::Ours)
 }
 
 /// As `execute`, with the outputs going elsewhere; the command finds the end of its input at once, and an interruption ends
@@ -179,16 +178,18 @@ pub fn execute_into(
     order: Order,
     outputs: Outputs,
 ) -> Result<u8, Box<dyn Error>> {
-    resumed(context, order, None, outputs, None)
+    resumed(context, order, Streams::Given(outputs))
 }
 
-fn resumed(
-    context: &Context<'_>,
-    order: Order,
-    input: Option<std::io::Stdin>,
-    outputs: Outputs,
-    signals: Option<interrupt::Taken>,
-) -> Result<u8, Box<dyn Error>> {
+/// Whose streams and signals the command gets.
+enum Streams {
+    /// All of ours.
+    Ours,
+    /// These outputs and nothing else.
+    Given(Outputs),
+}
+
+fn resumed(context: &Context<'_>, order: Order, streams: Streams) -> Result<u8, Box<dyn Error>> {
     let terminal = if order.tty {
         Some(
             terminal::size()
@@ -218,6 +219,17 @@ fn resumed(
             .map(|(from, to)| (bytes(from), bytes(to)))
             .collect(),
     };
+    let (input, outputs, taken) = match streams {
+        // Not a moment earlier: until now an interruption ends us and the machine.
+        Streams::Ours => (
+            Some(std::io::stdin()),
+            Outputs::ours(),
+            Some(interrupt::take()),
+        ),
+        Streams::Given(outputs) => (None, outputs, None),
+    };
+    // Held until the terminal is itself again, so that no signal ends us before.
+    let (signals, _taken) = taken.unzip();
     let _raw = if order.tty {
         Some(terminal::Raw::enter()?)
     } else {

@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use signal_hook::consts::SIGWINCH;
 
-use crate::interrupt::Taken;
 use crate::testbed::frame::{DATA_MAX_BYTES, Decoder, Frame, Run, Stream, WINDOW_BYTES};
 use crate::testbed::terminal;
 
@@ -87,7 +86,7 @@ pub(crate) fn carry(
     run: Run,
     input: Option<impl Read + Send + 'static>,
     outputs: Outputs,
-    signals: Option<Taken>,
+    signals: Option<Receiver<i32>>,
     limit: Option<Duration>,
     nudge: Option<Duration>,
 ) -> Result<u8, SessionError> {
@@ -227,9 +226,9 @@ fn reader(mut door: UnixStream, events: Sender<Event>) {
     });
 }
 
-fn forward_signals(signals: Taken, events: Sender<Event>) {
+fn forward_signals(signals: Receiver<i32>, events: Sender<Event>) {
     std::thread::spawn(move || {
-        for signal in &signals.signals {
+        for signal in signals {
             if events.send(Event::Signal(signal)).is_err() {
                 return;
             }
@@ -401,7 +400,7 @@ mod tests {
             err: Box::new(io::sink()),
         };
         let (_, silent) = channel();
-        let signals = Some(Taken { signals: silent });
+        let signals = Some(silent);
         let code = carry(
             &ours,
             run_of("x"),
