@@ -108,7 +108,7 @@ fn metadata(workspace: &Path) -> Result<Metadata, DepsError> {
     Ok(serde_json::from_slice(&output)?)
 }
 
-/// The Rust files that git tracks, but for those of this check.
+/// The Rust files that git tracks.
 fn sources(workspace: &Path) -> Result<Vec<String>, DepsError> {
     let mut command = Command::new("git");
     command.args(["ls-files", "*.rs"]).current_dir(workspace);
@@ -117,11 +117,7 @@ fn sources(workspace: &Path) -> Result<Vec<String>, DepsError> {
         return Err(DepsError::Git(command::end(status)));
     }
     let names = String::from_utf8_lossy(&output);
-    Ok(names
-        .lines()
-        .filter(|name| !name.starts_with("xtask/src/deps"))
-        .map(str::to_owned)
-        .collect())
+    Ok(names.lines().map(str::to_owned).collect())
 }
 
 /// Each fault as a sentence.
