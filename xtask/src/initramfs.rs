@@ -185,7 +185,7 @@ mod tests {
         std::fs::remove_dir_all(&dir).expect("remove");
         let (status, names) = list.expect("sh runs");
         if status.code() == Some(127) {
-            eprintln!("skipped cpio_lists_what_was_put_in: cpio is not installed");
+            eprintln!("SKIPPED cpio_lists_what_was_put_in: cpio is not installed");
             return;
         }
         assert_eq!(

@@ -1,7 +1,7 @@
 //! `cargo xtask test`: every check and test, one suite after the other, and the counts of all of them as the last line.
 //!
 //! A check (format, lints, arrows, licences) counts as one. A suite that fails does not keep the next from running. What
-//! cannot be done here is said loudly and counted as skipped, never as passed.
+//! cannot be done here is said loudly, counted as skipped, never as passed, and named at the end (`count`).
 
 mod count;
 mod deny;
@@ -22,7 +22,7 @@ use crate::place::Place;
 use crate::programs;
 use crate::progress::Progress;
 use crate::testbed::saved::Context;
-use count::Count;
+use count::{Count, Reader, SHOW_OUTPUT};
 
 /// `cargo xtask test`
 #[derive(Debug, clap::Args)]
@@ -91,14 +91,21 @@ pub fn run(test: &Test, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
         progress.say(&format!("suite {name} ... {part}"));
         count.add(part);
     }
-    finish(count)
+    finish(&count)
 }
 
 /// The last line is the counts and nothing else.
-fn finish(count: Count) -> Result<ExitCode, Box<dyn Error>> {
+fn finish(count: &Count) -> Result<ExitCode, Box<dyn Error>> {
     let mut stdout = std::io::stdout();
     if count.skipped > 0 {
-        writeln!(stdout, "SKIPPED: {}; the reasons are above", count.skipped)?;
+        writeln!(
+            stdout,
+            "SKIPPED, neither passed nor failed: {}",
+            count.skipped
+        )?;
+    }
+    for name in &count.names {
+        writeln!(stdout, "    {name}")?;
     }
     writeln!(stdout, "{} passed, {} failed", count.passed, count.failed)?;
     Ok(if count.failed == 0 && count.passed > 0 {
@@ -169,21 +176,20 @@ fn check(command: &mut Command) -> Result<Count, Box<dyn Error>> {
 
 /// A run of `cargo test`, its tests counted as they are printed.
 fn tests(mut command: Command, filters: &[String]) -> Result<Count, Box<dyn Error>> {
-    command.arg("--no-fail-fast");
-    if !filters.is_empty() {
-        command.arg("--").args(filters);
-    }
+    command
+        .args(["--no-fail-fast", "--", SHOW_OUTPUT])
+        .args(filters);
     eprintln!("           $ {}", shown(&command));
     command.stdin(Stdio::null()).stdout(Stdio::piped());
     let mut running = command::spawn(&mut command, OnInterrupt::Kill)?;
-    let mut count = Count::default();
+    let (mut reader, mut count) = (Reader::default(), Count::default());
     if let Some(stdout) = running.child.stdout.take() {
         let mut ours = std::io::stdout();
         for line in BufReader::new(stdout).split(b'\n') {
-            let line = line?;
-            ours.write_all(&line)?;
-            ours.write_all(b"\n")?;
-            count.read_line(&line);
+            let line = [line?.as_slice(), b"\n"].concat();
+            if let Some(shown) = reader.read_line(&line, &mut count) {
+                ours.write_all(&shown)?;
+            }
         }
     }
     let status = running.child.wait()?;

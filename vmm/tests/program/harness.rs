@@ -293,7 +293,8 @@ fn contents(file: &File) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// Whether VMs can run here; says so loudly, with the test's name, if not.
+/// Whether VMs can run here; says so loudly, with the test's name, if not. `cargo xtask test` counts a test that prints a line
+/// `SKIPPED …: why` as skipped (`xtask/src/test/count.rs`); plain `cargo test` shows the line with `-- --show-output`.
 pub(crate) fn can_run(test: &str) -> bool {
     let kvm = File::options().read(true).write(true).open("/dev/kvm");
     let root = rustix::process::geteuid().is_root();

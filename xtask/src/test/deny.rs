@@ -38,8 +38,9 @@ pub(super) fn run(context: &Context<'_>) -> Result<Count, Box<dyn Error>> {
     if fetching.child.wait()?.success() {
         count.add(check(&mut deny(&["--workspace", "check", "advisories"]))?);
     } else {
-        println!("SKIPPED: security advisories: their database cannot be fetched from here");
-        count.skipped += 1;
+        let why = "their database cannot be fetched from here";
+        println!("SKIPPED security advisories: {why}");
+        count.add(Count::skipped_one("security advisories", why));
     }
     Ok(count)
 }

@@ -317,7 +317,7 @@ mod tests {
     fn each_mode_has_a_state_of_its_own() {
         let part = Key::builder().finish();
         if !Path::new(QEMU).exists() {
-            eprintln!("skipped each_mode_has_a_state_of_its_own: {QEMU} is not installed");
+            eprintln!("SKIPPED each_mode_has_a_state_of_its_own: {QEMU} is not installed");
             return;
         }
         let plain = saved_key(Mode::Plain, &part, &part).expect("key");

@@ -31,7 +31,8 @@ const JAIL_ID: u32 = 64_321;
 const PRIORITY: u16 = 0;
 const REQUESTS: u16 = 1;
 
-/// Skips the calling test, loudly, if it cannot mount.
+/// Skips the calling test, loudly, if it cannot mount. `cargo xtask test` counts a test that prints a line `SKIPPED …: why` as
+/// skipped (`xtask/src/test/count.rs`); plain `cargo test` shows the line with `-- --show-output`.
 macro_rules! needs_root {
     () => {
         if !rustix::process::geteuid().is_root() {
