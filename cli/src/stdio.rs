@@ -7,22 +7,47 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// Most bytes of one read.
 const COPY_BYTES: usize = 256 * 1024;
 
-/// What a pump has done so far.
-#[derive(Debug, Default)]
-pub(crate) struct Progress {
-    bytes: AtomicU64,
+/// What a pump waits for, and since when.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waits {
+    /// The guest's next byte.
+    Guest(Instant),
+    /// Our reader, who has not taken all that came; since he last took some of it.
+    Reader(Instant),
+}
+
+/// What a pump does now.
+#[derive(Debug)]
+pub(crate) struct Progress(Mutex<Waits>);
+
+impl Default for Progress {
+    fn default() -> Progress {
+        Progress(Mutex::new(Waits::Guest(Instant::now())))
+    }
 }
 
 impl Progress {
-    /// Bytes written.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.bytes.load(Ordering::Relaxed)
+    /// What it waits for.
+    pub(crate) fn waits(&self) -> Waits {
+        *self.state()
+    }
+
+    fn reader_s_turn(&self) {
+        *self.state() = Waits::Reader(Instant::now());
+    }
+
+    fn guest_s_turn(&self) {
+        *self.state() = Waits::Guest(Instant::now());
+    }
+
+    fn state(&self) -> MutexGuard<'_, Waits> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -56,7 +81,11 @@ pub(crate) fn output(
         if let Some(first) = first.take() {
             first();
         }
-        match write_all(to, buffer.get(..count).unwrap_or_default(), progress) {
+        progress.reader_s_turn();
+        let bytes = buffer.get(..count).unwrap_or_default();
+        let written = write_all(to, bytes, || progress.reader_s_turn());
+        progress.guest_s_turn();
+        match written {
             Ok(()) => {}
             Err(error) => {
                 // Fails only where it is closed already.
@@ -74,13 +103,12 @@ pub(crate) fn output(
 /// no end of its own).
 pub(crate) fn input(from: BorrowedFd<'_>, to: &UnixStream, half_close: bool) {
     let mut buffer = vec![0u8; COPY_BYTES];
-    let progress = Arc::new(Progress::default());
     loop {
         match read(from, &mut buffer) {
             Ok(0) | Err(_) => break,
             Ok(count) => {
                 let bytes = buffer.get(..count).unwrap_or_default();
-                if write_all(to.as_fd(), bytes, &progress).is_err() {
+                if write_all(to.as_fd(), bytes, || {}).is_err() {
                     return; // the container reads no more
                 }
             }
@@ -103,12 +131,13 @@ fn read(from: BorrowedFd<'_>, buffer: &mut [u8]) -> Result<usize, Errno> {
     }
 }
 
-fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8], progress: &Progress) -> Result<(), Errno> {
+/// Writes all of `bytes`; `moved` is called whenever some of them were taken.
+fn write_all(to: BorrowedFd<'_>, mut bytes: &[u8], moved: impl Fn()) -> Result<(), Errno> {
     while !bytes.is_empty() {
         match rustix::io::write(to, bytes) {
             Ok(count) => {
                 bytes = bytes.get(count..).unwrap_or_default();
-                progress.bytes.fetch_add(count as u64, Ordering::Relaxed);
+                moved();
             }
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => wait(to, PollFlags::OUT)?,
@@ -130,7 +159,7 @@ fn wait(fd: BorrowedFd<'_>, flags: PollFlags) -> Result<(), Errno> {
 /// # Errors
 /// The other end is gone.
 pub(crate) fn send(to: &UnixStream, bytes: &[u8]) -> io::Result<()> {
-    Ok(write_all(to.as_fd(), bytes, &Progress::default())?)
+    Ok(write_all(to.as_fd(), bytes, || {})?)
 }
 
 #[cfg(test)]
@@ -155,14 +184,37 @@ mod tests {
             read.read_to_end(&mut got).expect("a pipe");
             got
         });
-        let progress = progress();
-        assert_eq!(
-            output(&ours, write.as_fd(), &progress, || {}),
-            OutputEnd::Whole
-        );
+        let end = output(&ours, write.as_fd(), &progress(), || {});
+        assert_eq!(end, OutputEnd::Whole);
         drop(write);
         assert!(reader.join().expect("the reader") == expected);
-        assert_eq!(progress.bytes(), 4_000_003);
+    }
+
+    #[test]
+    fn while_our_reader_is_slow_it_is_he_who_is_waited_for() {
+        let (ours, mut theirs) = UnixStream::pair().expect("sockets");
+        let (mut read, write) = io::pipe().expect("a pipe");
+        let whole = rustix::pipe::fcntl_getpipe_size(&write).expect("a pipe");
+        rustix::pipe::fcntl_setpipe_size(&write, 4096).expect("a smaller pipe");
+        let size = rustix::pipe::fcntl_getpipe_size(&write).expect("a pipe");
+        assert!(size < whole);
+        let progress = progress();
+        assert!(matches!(progress.waits(), Waits::Guest(_)));
+        let (of_pump, sent) = (Arc::clone(&progress), size * 3);
+        let pump = thread::spawn(move || output(&ours, write.as_fd(), &of_pump, || {}));
+        theirs.write_all(&vec![7; sent]).expect("buffered");
+        // The pipe is full when its size can be read of it, and the pump has more in hand.
+        let mut byte = [0];
+        read.read_exact(&mut byte).expect("the first byte");
+        while rustix::io::ioctl_fionread(&read).expect("a pipe") < size as u64 - 1 {
+            thread::yield_now();
+        }
+        assert!(matches!(progress.waits(), Waits::Reader(_)));
+        let mut rest = vec![0; sent - 1];
+        read.read_exact(&mut rest).expect("the rest");
+        drop(theirs);
+        assert_eq!(pump.join().expect("the pump"), OutputEnd::Whole);
+        assert!(matches!(progress.waits(), Waits::Guest(_)));
     }
 
     #[test]

@@ -173,6 +173,51 @@ fn an_output_that_nobody_reads_ends_the_writer() {
     assert_eq!(child.wait().expect("it ends").code(), Some(141));
 }
 
+/// More than the pipe to the reader holds, and less than the pipe and the socket before it: its writer ends while its
+/// reader has hardly begun.
+const FLOOD_BYTES: usize = 200 << 10;
+
+#[test]
+fn a_reader_has_all_the_time_there_is() {
+    let scratch = Scratch::new();
+    let mut child = capsid(&scratch, "agent", &[], &["flood", &FLOOD_BYTES.to_string()])
+        .spawn()
+        .expect("it runs");
+    until(&mut child, "y");
+    // Longer than the guest would have to end its output, and the VMM's sockets after it.
+    let pid = rustix::process::Pid::from_raw(child.id() as i32).expect("a pid");
+    let flags = rustix::process::PidfdFlags::empty();
+    let pidfd = rustix::process::pidfd_open(pid, flags).expect("our child");
+    let mut fds = [rustix::event::PollFd::new(
+        &pidfd,
+        rustix::event::PollFlags::IN,
+    )];
+    let limit = rustix::event::Timespec {
+        tv_sec: 40,
+        tv_nsec: 0,
+    };
+    let ended = rustix::event::poll(&mut fds, Some(&limit)).expect("a pidfd");
+    assert_eq!(ended, 0, "capsid ended before its output was read");
+    let output = child.wait_with_output().expect("it ends");
+    assert_eq!(ends(&output, 0), "");
+    assert_eq!(output.stdout.len(), FLOOD_BYTES - 1);
+}
+
+#[test]
+fn an_interrupt_ends_the_wait_for_a_reader_and_is_no_success() {
+    let scratch = Scratch::new();
+    let mut child = capsid(&scratch, "agent", &[], &["flood", &FLOOD_BYTES.to_string()])
+        .spawn()
+        .expect("it runs");
+    until(&mut child, "y");
+    while child.try_wait().expect("our child").is_none() {
+        kill(&child, rustix::process::Signal::INT);
+        std::thread::yield_now();
+    }
+    assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    assert_eq!(children_left(&scratch), 0);
+}
+
 #[test]
 fn an_output_that_cannot_be_written_is_not_a_success() {
     let scratch = Scratch::new();

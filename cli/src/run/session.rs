@@ -5,12 +5,14 @@
 //! ```
 //! An ending signal before Running kills the machine; in Running it is forwarded; the third one there kills the
 //! machine, since PID 1 of a container may ignore every signal. The end of the VMM ends every state.
+//!
+//! Deadlines are for the guest. The time of whoever reads our output has none: only an ending signal hurries it.
 
 use super::verdict::{self, Verdict};
 use super::{Clock, RunError, Told};
 use crate::abort::Aborted;
 use crate::signals::ENDING;
-use crate::stdio::{self, OutputEnd, Progress};
+use crate::stdio::{self, OutputEnd, Progress, Waits};
 use crate::terminal::{self, Raw};
 use crate::vm::agent::{Agent, AgentError};
 use crate::vm::{Ended, Machine, News, Owner, Parts};
@@ -28,14 +30,16 @@ use std::time::{Duration, Instant};
 /// How long the guest may take from the VMM's start to the agent's dial, in ms. An emulated host is some twenty times
 /// slower than a real one; a guest that dies is noticed by its VMM and not by this.
 const AGENT_READY_TIMEOUT_MS: u64 = 300_000;
-/// How long an output may stand still after the command's exit, in ms, while nobody keeps us from writing.
+/// How long the guest may leave an output open and silent after the command's exit, in ms.
 const DRAIN_IDLE_MS: u64 = 30_000;
 /// How long the guest may take to power off, in ms; longer than the VMM's own grace, and an emulated host is slow.
 const STOP_TIMEOUT_MS: u64 = 120_000;
 /// How long after the agent was lost its VMM may take to say why, in ms.
 const LOST_GRACE_MS: u64 = 10_000;
-/// How long an output may stand still after the VMM's end, in ms.
+/// How long an output may be silent and not end after the VMM's end, in ms.
 const FLUSH_IDLE_MS: u64 = 5_000;
+/// How long our reader may take nothing after the VMM's end once a signal has asked to stop, in ms.
+const HURRIED_FLUSH_MS: u64 = 1_000;
 /// The ending signal of this number, in a running container, kills the machine.
 const SIGNALS_TO_KILL: u32 = 3;
 
@@ -106,9 +110,12 @@ pub(crate) struct Session {
     /// What to say if the VMM does not say more.
     lost: Option<Verdict>,
     killed_by_us: bool,
-    /// Outputs that have not ended, and what they had written when last looked at.
-    outputs: Vec<(Arc<Progress>, u64)>,
+    outputs: Vec<Arc<Progress>>,
     open_outputs: usize,
+    /// Since when the outputs are waited for, and nothing else.
+    draining_since: Instant,
+    /// The signal that asked to stop waiting, our reader included.
+    hurried_by: Option<Signal>,
     ending_signals: u32,
     calls: Option<mpsc::Sender<Call>>,
     raw: Option<Raw>,
@@ -149,6 +156,8 @@ impl Session {
             killed_by_us: false,
             outputs: Vec::new(),
             open_outputs: 0,
+            draining_since: Instant::now(),
+            hurried_by: None,
             ending_signals: 0,
             calls: None,
             raw: None,
@@ -191,7 +200,7 @@ impl Session {
             }
             Event::Outputs(outputs) => {
                 self.open_outputs = outputs.len();
-                self.outputs = outputs.into_iter().map(|output| (output, 0)).collect();
+                self.outputs = outputs;
             }
             Event::Created => self.created(container),
             Event::Started => self.started(container),
@@ -271,10 +280,14 @@ impl Session {
                 let reason = "the command ignored its signals, so its VM was killed";
                 let verdict = Verdict::signalled(signal as i32, Some(reason.to_owned()));
                 self.verdict = Some(verdict);
+                self.hurried_by = Some(signal);
                 self.kill();
             }
             // The command has ended: an impatient person need not wait for a slow end.
-            State::Draining | State::Stopping if is_ending => self.kill(),
+            State::Draining | State::Stopping if is_ending => {
+                self.hurried_by = Some(signal);
+                self.kill();
+            }
             State::Draining | State::Stopping => {}
         }
         Ok(())
@@ -320,7 +333,8 @@ impl Session {
         if self.open_outputs == 0 {
             return self.stop();
         }
-        self.deadline = Some(Instant::now() + Duration::from_millis(DRAIN_IDLE_MS));
+        self.draining_since = Instant::now();
+        self.deadline = Some(self.draining_since + Duration::from_millis(DRAIN_IDLE_MS));
     }
 
     fn output_ended(&mut self, name: &'static str, end: &OutputEnd) {
@@ -354,8 +368,12 @@ impl Session {
     fn late(&mut self) {
         match self.state {
             State::Draining => {
-                if self.outputs_moved() {
-                    return self.wait_for_outputs();
+                let end = self.silence_ends(Duration::from_millis(DRAIN_IDLE_MS));
+                if end > Instant::now() {
+                    self.deadline = Some(end);
+                    // A terminal in raw mode sends no Ctrl-C, which is the way out of a wait this long.
+                    self.raw = None;
+                    return;
                 }
                 eprintln!("capsid: the guest did not end its output; some of it may be missing");
                 self.stop();
@@ -389,30 +407,53 @@ impl Session {
         (verdict, std::mem::take(&mut self.told))
     }
 
-    /// What the guest had sent before its end is still in the sockets: it is written out, as long as somebody takes it.
+    /// What the guest had sent before its end is still in the sockets: it is written out, however slowly it is read.
+    /// Only a signal gives up on a reader.
     fn flush_outputs(&mut self) {
-        let idle = Duration::from_millis(FLUSH_IDLE_MS);
+        self.draining_since = Instant::now();
         while self.open_outputs > 0 {
-            match self.events.recv_timeout(idle) {
+            let limit_ms = match self.hurried_by {
+                Some(_) => HURRIED_FLUSH_MS,
+                None => FLUSH_IDLE_MS,
+            };
+            let end = self.silence_ends(Duration::from_millis(limit_ms));
+            let left = end.saturating_duration_since(Instant::now());
+            match self.events.recv_timeout(left) {
                 Ok(Event::OutputEnded(name, end)) => {
                     self.open_outputs -= 1;
                     self.lost_output(name, &end);
                 }
+                Ok(Event::Signal(signal)) if ENDING.contains(&signal) => {
+                    self.hurried_by = Some(signal);
+                }
                 Ok(_) => {}
-                Err(_) if self.outputs_moved() => {}
-                Err(_) => return,
+                Err(_) if left.is_zero() => return self.unflushed(),
+                Err(_) => {} // an output may have moved meanwhile
             }
         }
     }
 
-    /// Whether an output has written anything since this was last asked.
-    fn outputs_moved(&mut self) -> bool {
-        let mut moved = false;
-        for (output, before) in &mut self.outputs {
-            moved |= output.bytes() != *before;
-            *before = output.bytes();
+    /// An output is given up. A command's exit alone would say that all of it is there.
+    fn unflushed(&mut self) {
+        const LOST: &str = "not all output was written";
+        match (self.hurried_by, &self.verdict) {
+            (Some(signal), Some(Verdict { reason: None, .. })) => {
+                let reason = format!("stopped by signal {}: {LOST}", signal as i32);
+                self.verdict = Some(Verdict::signalled(signal as i32, Some(reason)));
+            }
+            _ => eprintln!("capsid: {LOST}"),
         }
-        moved
+    }
+
+    /// When the outputs will have been silent for `limit`. An output that waits for our reader is not silent: what
+    /// he has not taken would be lost.
+    fn silence_ends(&self, limit: Duration) -> Instant {
+        let waits = self.outputs.iter().map(|output| output.waits());
+        let last = waits.map(|waits| match waits {
+            Waits::Reader(_) if self.hurried_by.is_none() => Instant::now(),
+            Waits::Guest(since) | Waits::Reader(since) => since,
+        });
+        last.fold(self.draining_since, Instant::max) + limit
     }
 }
 
