@@ -11,6 +11,7 @@ use crate::events::{Events, OomWatch};
 use crate::last_words::{self, chain};
 use crate::launch::Launcher;
 use crate::pending::PendingStreams;
+pub use crate::pending::StreamIds;
 use crate::process::Process;
 use crate::reaper::{Exit, Reaper};
 use crate::share::Share;
@@ -45,17 +46,6 @@ pub struct Places {
     pub cgroup_root: PathBuf,
     /// Mount point of the host's share; `None` where there is none (tests).
     pub share: Option<PathBuf>,
-}
-
-/// The streams of a new process, by the ids the host chose.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct StreamIds {
-    /// 0: none.
-    pub stdin: u64,
-    /// 0: none.
-    pub stdout: u64,
-    /// 0: none.
-    pub stderr: u64,
 }
 
 #[derive(Debug)]
@@ -115,13 +105,14 @@ impl Sandbox {
     /// # Errors
     /// A refused id or spec, a missing stream, or what the runtime process says; nothing is left then.
     pub async fn create(self: &Arc<Self>, id: &str, json: &[u8], ids: StreamIds) -> Result<u32> {
+        let claim = self.pending.claim(ids);
         if !is_id(id) {
             return Err(SandboxError::BadId(bounded_id(id)));
         }
         let checked = spec::container(id, json)?;
         let place = self.reserve(id)?;
         self.share.mounted_for(&checked.root).await?;
-        let streams = self.streams(ids).await?;
+        let streams = claim.take().await?;
         let sandbox = Arc::clone(self);
         whole(async move {
             let container = sandbox.create_reserved(&place, checked, streams).await?;
@@ -229,6 +220,7 @@ impl Sandbox {
         json: &[u8],
         ids: StreamIds,
     ) -> Result<u32> {
+        let claim = self.pending.claim(ids);
         if !is_id(exec_id) {
             return Err(SandboxError::BadId(bounded_id(exec_id)));
         }
@@ -239,7 +231,7 @@ impl Sandbox {
             None => SandboxError::Exists(format!("exec {exec_id} of container {id}")),
         })?;
         container.advance(Verb::Exec)?;
-        let streams = self.streams(ids).await?;
+        let streams = claim.take().await?;
         let (launches, launcher) = (Arc::clone(&self.launches), Arc::clone(&self.launcher));
         let exec_id = exec_id.to_owned();
         whole(async move {
@@ -258,14 +250,6 @@ impl Sandbox {
             Ok(pid)
         })
         .await
-    }
-
-    async fn streams(&self, ids: StreamIds) -> Result<HostStreams> {
-        Ok(HostStreams {
-            stdin: self.pending.take(ids.stdin).await?,
-            stdout: self.pending.take(ids.stdout).await?,
-            stderr: self.pending.take(ids.stderr).await?,
-        })
     }
 
     /// Waits for the end of a process and of its outputs.

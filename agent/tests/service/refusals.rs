@@ -68,6 +68,24 @@ fn an_exec_of_nothing_is_told_apart() {
 }
 
 #[test]
+fn refused_calls_keep_no_streams() {
+    let guest = Guest::start();
+    // With three streams each, more than the agent keeps for calls to come.
+    for _ in 0..30 {
+        let refused = guest.create("no/id", &guest.spec(&["true"]));
+        assert_eq!(refusal(refused).0, Code::INVALID_ARGUMENT);
+    }
+    let running = guest.sleeper("c1");
+    for _ in 0..30 {
+        let refused = guest.exec("c1", "no/id", &guest.process("true"));
+        assert_eq!(refusal(refused).0, Code::INVALID_ARGUMENT);
+    }
+    let exec = guest.exec("c1", "e1", &guest.process("true"));
+    exec.expect("started").finish(&guest);
+    guest.end(running);
+}
+
+#[test]
 fn unknown_ids_are_not_found() {
     let guest = Guest::start();
     assert_eq!(refusal(guest.wait("nobody", "")).0, Code::NOT_FOUND);
