@@ -4,9 +4,8 @@
 use crate::last_words;
 use crate::sandbox::Sandbox;
 use crate::share::Share;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, OnceCell, watch};
 
 /// How long the orderly part may take.
 const ORDERLY_TIMEOUT_MS: u64 = 5_000;
@@ -16,17 +15,14 @@ const HANG_UP_TIMEOUT_MS: u64 = 500;
 /// Who decides when the machine ends.
 #[derive(Debug, Default)]
 pub struct Power {
-    done: AtomicBool,
+    done: OnceCell<()>,
     answered: Notify,
 }
 
 impl Power {
-    /// Kills, syncs, unmounts; once.
+    /// Kills, syncs, unmounts; once. Whoever comes second waits for the first: it may be about to power off.
     pub async fn orderly(&self, sandbox: &Sandbox) {
-        if self.done.swap(true, Ordering::SeqCst) {
-            return;
-        }
-        let parts = async {
+        self.once(async {
             sandbox.kill_all().await;
             let share = sandbox.share.place().map(ToOwned::to_owned);
             let synced = tokio::task::spawn_blocking(move || {
@@ -36,11 +32,19 @@ impl Power {
             if let Ok(Err(e)) = synced.await {
                 last_words::warn(&format!("unmounting the share: {e}"));
             }
-        };
+        })
+        .await;
+    }
+
+    /// Should the first caller be dropped half-way, the second begins anew.
+    async fn once(&self, parts: impl Future<Output = ()>) {
         let limit = Duration::from_millis(ORDERLY_TIMEOUT_MS);
-        if tokio::time::timeout(limit, parts).await.is_err() {
-            last_words::warn("powering off without waiting for the last files");
-        }
+        let bounded = async {
+            if tokio::time::timeout(limit, parts).await.is_err() {
+                last_words::warn("powering off without waiting for the last files");
+            }
+        };
+        self.done.get_or_init(|| bounded).await;
     }
 
     /// PowerOff has been answered (the answer is on its way).
@@ -63,4 +67,43 @@ pub fn off() -> ! {
         last_words::die_saying(&format!("powering off: {}", errno.desc()));
     }
     std::process::exit(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+    use tokio::sync::oneshot;
+
+    #[tokio::test]
+    async fn the_second_caller_waits_for_the_first() {
+        let power = Arc::new(Power::default());
+        let (sync, synced) = oneshot::channel::<()>();
+        let (begin, begun) = oneshot::channel();
+        let first = Arc::clone(&power);
+        let first = tokio::spawn(async move {
+            first
+                .once(async {
+                    begin.send(()).expect("waited for");
+                    synced.await.expect("sent");
+                })
+                .await;
+        });
+        begun.await.expect("begun");
+        let second = power.once(async { panic!("done twice") });
+        tokio::pin!(second);
+        tokio::select! {
+            biased;
+            () = &mut second => panic!("the first is still syncing"),
+            () = std::future::ready(()) => {}
+        }
+        sync.send(()).expect("waited for");
+        second.await;
+        first.await.expect("the first");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn files_that_hang_keep_nobody() {
+        Power::default().once(std::future::pending()).await;
+    }
 }
