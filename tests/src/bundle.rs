@@ -39,11 +39,11 @@ impl Drop for Scratch {
     }
 }
 
-/// Unpacks the busybox image's layers into `rootfs`.
+/// The busybox image's layers, the lowest first, each a plain tar.
 ///
 /// # Panics
 /// The image is not the docker-archive that `cargo xtask` makes.
-pub fn unpack_busybox(rootfs: &Path) {
+pub fn image_layers() -> Vec<Vec<u8>> {
     let archive = fs::read(image()).expect("the test image");
     let file = |name: &str| -> Option<Vec<u8>> {
         let mut archive = tar::Archive::new(archive.as_slice());
@@ -62,9 +62,20 @@ pub fn unpack_busybox(rootfs: &Path) {
     };
     let manifest: Value =
         serde_json::from_slice(&file("manifest.json").expect("manifest.json")).expect("JSON");
+    let names = manifest[0]["Layers"].as_array().expect("layers");
+    names
+        .iter()
+        .map(|name| file(name.as_str().expect("a name")).expect("the layer is in the archive"))
+        .collect()
+}
+
+/// Unpacks the busybox image's layers into `rootfs`.
+///
+/// # Panics
+/// As for [`image_layers`], or the directory cannot be written.
+pub fn unpack_busybox(rootfs: &Path) {
     fs::create_dir_all(rootfs).expect("rootfs");
-    for layer in manifest[0]["Layers"].as_array().expect("layers") {
-        let layer = file(layer.as_str().expect("a name")).expect("the layer is in the archive");
+    for layer in image_layers() {
         let mut layer = tar::Archive::new(layer.as_slice());
         layer.set_preserve_permissions(true);
         layer.unpack(rootfs).expect("the layer unpacks");

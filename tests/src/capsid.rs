@@ -1,5 +1,6 @@
 //! Runs `capsid` with a deadline and gives back everything it said.
 
+use crate::ledger::Ledger;
 use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
@@ -12,6 +13,9 @@ use std::time::{Duration, Instant};
 /// Longest run of one `capsid` in a test that sets no limit of its own, in seconds. An emulated host is some
 /// thirty times slower than a real one; a test that needs this long is hung.
 pub const RUN_TIMEOUT_S: u64 = 240;
+
+/// The code of `capsid` for what it refuses itself, as docker's.
+pub const REFUSED: i32 = 125;
 
 /// The busybox image, a docker-archive.
 ///
@@ -127,6 +131,17 @@ pub fn run(flags: &[&str], command: &[&str]) -> Run {
 /// `capsid run FLAGS -- sh -c SCRIPT`.
 pub fn sh(flags: &[&str], script: &str) -> Run {
     run(flags, &["sh", "-c", script])
+}
+
+/// Asserts that `capsid` refuses this run in one line that has each of `words`, and leaves nothing.
+///
+/// # Panics
+/// It does not.
+#[track_caller]
+pub fn refused(run: Run, words: &[&str]) {
+    let before = Ledger::now();
+    run.wait().refuses(REFUSED, words);
+    before.balances();
 }
 
 impl Run {

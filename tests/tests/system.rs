@@ -6,6 +6,8 @@
 mod exits;
 #[path = "system/faults.rs"]
 mod faults;
+#[path = "system/images.rs"]
+mod images;
 #[path = "system/leaks.rs"]
 mod leaks;
 #[path = "system/refusals.rs"]
