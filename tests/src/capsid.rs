@@ -1,7 +1,9 @@
 //! Runs `capsid` with a deadline and gives back everything it said.
 
 use crate::ledger::Ledger;
+use nix::unistd::Pid;
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
@@ -13,6 +15,9 @@ use std::time::{Duration, Instant};
 /// Longest run of one `capsid` in a test that sets no limit of its own, in seconds. An emulated host is some
 /// thirty times slower than a real one; a test that needs this long is hung.
 pub const RUN_TIMEOUT_S: u64 = 240;
+
+/// How often something of another process is looked at.
+const LOOK_STEP: Duration = Duration::from_millis(5);
 
 /// The code of `capsid` for what it refuses itself, as docker's.
 pub const REFUSED: i32 = 125;
@@ -47,6 +52,7 @@ pub fn kernel() -> PathBuf {
 pub struct Run {
     command: Command,
     stdin: Option<Vec<u8>>,
+    stdout: Option<Stdio>,
     limit: Duration,
 }
 
@@ -116,6 +122,7 @@ pub fn capsid<S: AsRef<OsStr>>(args: impl IntoIterator<Item = S>) -> Run {
     Run {
         command,
         stdin: None,
+        stdout: None,
         limit: Duration::from_secs(RUN_TIMEOUT_S),
     }
 }
@@ -166,6 +173,13 @@ impl Run {
         self
     }
 
+    /// Lets it write its standard output there; then `until` and the output of its end have nothing.
+    #[must_use]
+    pub fn output_to(mut self, output: impl Into<Stdio>) -> Run {
+        self.stdout = Some(output.into());
+        self
+    }
+
     /// Starts it with all three streams as pipes.
     ///
     /// # Panics
@@ -177,14 +191,19 @@ impl Run {
             } else {
                 Stdio::null()
             })
-            .stdout(Stdio::piped())
+            .stdout(self.stdout.unwrap_or_else(Stdio::piped))
             .stderr(Stdio::piped());
         let mut child = self.command.spawn().expect("capsid is on PATH");
         if let (Some(bytes), Some(mut pipe)) = (self.stdin, child.stdin.take()) {
             // A container that does not read its input closes the pipe; that is its right.
             thread::spawn(move || drop(pipe.write_all(&bytes)));
         }
-        let stdout = collect(child.stdout.take().expect("piped"));
+        // The command holds its ends of the streams; a pipe ends when all are closed.
+        drop(self.command);
+        let stdout = match child.stdout.take() {
+            Some(pipe) => collect(pipe),
+            None => mpsc::channel().1,
+        };
         let stderr = collect(child.stderr.take().expect("piped"));
         Running {
             child,
@@ -217,6 +236,34 @@ impl Running {
     /// Process id of `capsid`.
     pub fn pid(&self) -> i32 {
         i32::try_from(self.child.id()).expect("a pid is positive")
+    }
+
+    /// Its VMM: its child by that name, once there is one.
+    pub fn vmm(&self) -> Option<Pid> {
+        vmm_of(self.pid())
+    }
+
+    /// How many threads it has; none once it is gone.
+    pub fn threads(&self) -> usize {
+        fs::read_dir(format!("/proc/{}/task", self.pid())).map_or(0, Iterator::count)
+    }
+
+    /// Waits until `condition` holds. It is looked at again and again, because it is about other processes and the kernel
+    /// tells nobody.
+    ///
+    /// # Panics
+    /// It does not hold within its limit.
+    #[track_caller]
+    pub fn reaches(&self, what: &str, condition: impl Fn() -> bool) {
+        let deadline = self.since + self.limit;
+        while !condition() {
+            if Instant::now() > deadline {
+                let said: Vec<u8> = self.stderr.try_iter().flatten().collect();
+                let said = String::from_utf8_lossy(&said);
+                panic!("capsid does not reach {what}; stderr: {said:?}");
+            }
+            thread::sleep(LOOK_STEP);
+        }
     }
 
     /// Closes our end of its standard output; gives back what had come and was not taken.
@@ -260,10 +307,8 @@ impl Running {
         let (pid, limit) = (self.pid(), self.limit);
         let watch = thread::spawn(move || {
             if ended.recv_timeout(limit).is_err() {
-                let _gone = nix::sys::signal::kill(
-                    nix::unistd::Pid::from_raw(pid),
-                    nix::sys::signal::Signal::SIGKILL,
-                );
+                let _gone =
+                    nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
                 true
             } else {
                 false
@@ -287,6 +332,27 @@ impl Running {
             took: self.since.elapsed(),
         }
     }
+}
+
+/// The VMM of the `capsid` with this process id.
+pub fn vmm_of(capsid: i32) -> Option<Pid> {
+    for entry in fs::read_dir("/proc").ok()?.flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
+            continue;
+        };
+        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
+        let Some((head, after_comm)) = stat.rsplit_once(") ") else {
+            continue;
+        };
+        let parent = after_comm
+            .split(' ')
+            .nth(1)
+            .and_then(|ppid| ppid.parse().ok());
+        if parent == Some(capsid) && head.ends_with("(capsid-vmm") {
+            return Some(Pid::from_raw(pid));
+        }
+    }
+    None
 }
 
 fn collect(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {

@@ -1,6 +1,7 @@
 //! The leak ledger: everything on the host that a run could leave behind, counted before and after.
 //!
-//! A ledger is only worth its trust if it turns red: `tests/system/ledger.rs` seeds a leak of each class and sees it.
+//! A ledger is only worth its trust if it turns red: `tests/tests/system/ledger.rs` seeds a leak of each class and
+//! sees it.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -61,11 +62,16 @@ impl Ledger {
         Ledger(entries)
     }
 
+    /// What is there now and was not then.
+    pub fn added(&self) -> Vec<String> {
+        Ledger::now().0.difference(&self.0).cloned().collect()
+    }
+
     /// What is there now and was not then, after the kernel had time to settle.
     pub fn left_behind(&self) -> Vec<String> {
         let deadline = Instant::now() + Duration::from_millis(SETTLE_TIMEOUT_MS);
         loop {
-            let new: Vec<String> = Ledger::now().0.difference(&self.0).cloned().collect();
+            let new = self.added();
             if new.is_empty() || Instant::now() > deadline {
                 return new;
             }

@@ -10,6 +10,10 @@ mod faults;
 mod images;
 #[path = "system/leaks.rs"]
 mod leaks;
+#[path = "system/ledger.rs"]
+mod ledger;
+#[path = "system/phases.rs"]
+mod phases;
 #[path = "system/refusals.rs"]
 mod refusals;
 #[path = "system/run.rs"]
