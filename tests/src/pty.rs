@@ -49,6 +49,14 @@ impl Session {
         }
     }
 
+    /// Process id of `capsid`: `setsid` of a child that leads no group does not fork.
+    ///
+    /// # Panics
+    /// It is beyond what a pid can be.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid is positive")
+    }
+
     /// Types.
     ///
     /// # Panics

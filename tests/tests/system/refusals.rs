@@ -6,7 +6,7 @@ use capsid_tests::ledger::Ledger;
 use serde_json::json;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::process::Command;
+use std::process::{Command, Output};
 
 #[test]
 fn what_is_not_there_is_named() {
@@ -225,19 +225,25 @@ fn who_is_not_root_is_told_so() {
     assert!(said.contains("root"), "{said}");
 }
 
+/// `capsid run` with `flags` and a closed standard input, which runs `command`.
+#[track_caller]
+fn without_stdin(flags: &str, command: &str) -> Output {
+    let before = Ledger::now();
+    let image = image();
+    let image = image.display();
+    let script = format!("exec capsid run {flags} --image {image} -- {command} <&-");
+    let out = Command::new("sh").args(["-c", &script]).output();
+    before.balances();
+    out.expect("sh")
+}
+
 #[test]
 fn a_closed_stdin_is_an_empty_one() {
-    let image = image();
-    let script = format!("exec capsid run -i --image {} -- cat <&-", image.display());
-    let out = Command::new("sh")
-        .args(["-c", &script])
-        .output()
-        .expect("sh");
-    assert_eq!(
-        out.status.code(),
-        Some(0),
-        "{}",
-        String::from_utf8_lossy(&out.stderr)
-    );
-    assert!(out.stdout.is_empty());
+    for flags in ["-i", ""] {
+        let out = without_stdin(flags, "sh -c 'cat; echo end'");
+        let said = String::from_utf8_lossy(&out.stderr);
+        assert_eq!(out.status.code(), Some(0), "{flags}: {said}");
+        assert_eq!(String::from_utf8_lossy(&out.stdout), "end\n", "{flags}");
+        assert_eq!(said, "", "{flags}");
+    }
 }

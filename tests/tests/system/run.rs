@@ -69,6 +69,13 @@ fn cpus_and_memory_are_what_was_asked_for() {
 }
 
 #[test]
+fn the_least_memory_that_a_vm_has_is_enough_for_a_command() {
+    let ended = run(&["--memory", "64m"], &["true"]).wait();
+    ended.exits(0);
+    assert_eq!(ended.stderr, "");
+}
+
+#[test]
 fn a_compressed_kernel_boots_as_well() {
     let bzimage = kernel().with_file_name("bzImage");
     assert!(

@@ -1,23 +1,21 @@
 //! A terminal session, as a person has it.
 
-use capsid_tests::capsid::image;
+use capsid_tests::capsid::{image, vmm_of};
+use capsid_tests::ledger::Ledger;
 use capsid_tests::pty::Session;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 fn shell(rows: u16, columns: u16) -> Session {
+    // The mark is written so that the echo of the command line itself does not contain it.
+    script("echo u''p; exec sh", rows, columns)
+}
+
+fn script(script: &str, rows: u16, columns: u16) -> Session {
     let image = image();
     let image = image.to_str().expect("utf-8");
-    // The mark is written so that the echo of the command line itself does not contain it.
     Session::start(
-        &[
-            "run",
-            "-it",
-            "--image",
-            image,
-            "--",
-            "sh",
-            "-c",
-            "echo u''p; exec sh",
-        ],
+        &["run", "-it", "--image", image, "--", "sh", "-c", script],
         rows,
         columns,
     )
@@ -60,4 +58,28 @@ fn the_terminal_s_modes_are_restored() {
     session.types("exit 0\n");
     session.sees("exit 0");
     assert_eq!(session.ends_with_modes("icanon"), 0);
+}
+
+#[test]
+fn the_terminal_s_modes_are_restored_when_the_vmm_is_killed() {
+    let before = Ledger::now();
+    let mut session = shell(24, 80);
+    session.sees("up");
+    assert!(session.modes().contains("-icanon"), "{}", session.modes());
+    let vmm = vmm_of(session.pid()).expect("a VMM");
+    kill(vmm, Signal::SIGKILL).expect("the VMM runs");
+    assert_eq!(session.ends_with_modes("icanon"), 137);
+    before.balances();
+}
+
+#[test]
+fn the_terminal_s_modes_are_restored_after_sigterm() {
+    let before = Ledger::now();
+    let trapping = "trap 'exit 9' TERM; echo up; while :; do sleep 0.1; done";
+    let mut session = script(trapping, 24, 80);
+    session.sees("up");
+    assert!(session.modes().contains("-icanon"), "{}", session.modes());
+    kill(Pid::from_raw(session.pid()), Signal::SIGTERM).expect("capsid runs");
+    assert_eq!(session.ends_with_modes("icanon"), 9);
+    before.balances();
 }

@@ -4,6 +4,7 @@ use capsid_tests::bundle::Scratch;
 use capsid_tests::capsid::{run, sh};
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -111,11 +112,31 @@ fn a_single_file_is_a_volume_too() {
     assert_eq!(fs::read_to_string(&file).expect("there"), "one file\ntwo\n");
 }
 
+/// What `getfattr` says of an attribute of `path` on the host.
+fn attribute(path: &Path, name: &str) -> String {
+    let get = Command::new("getfattr")
+        .args(["--absolute-names", "--only-values", "-n", name])
+        .arg(path)
+        .output()
+        .expect("getfattr (Debian package attr) is on this host");
+    let said = String::from_utf8_lossy(&get.stderr);
+    assert!(get.status.success(), "{}: {said}", path.display());
+    String::from_utf8_lossy(&get.stdout).into_owned()
+}
+
+/// A line for the guest's shell that runs the host's own program there, by the host's loader: busybox has none for
+/// extended attributes.
+fn of_host(program: &str) -> String {
+    let libraries = "/host/lib/x86_64-linux-gnu";
+    format!("{libraries}/ld-linux-x86-64.so.2 --library-path {libraries} /host/bin/{program}")
+}
+
 #[test]
-fn extended_attributes_are_kept() {
+fn extended_attributes_and_owners_go_both_ways() {
     let scratch = Scratch::new("xattr");
-    let file = scratch.path().join("tagged");
+    let file = scratch.path().join("of-host");
     fs::write(&file, "x").expect("write");
+    chown(&file, Some(4321), Some(8765)).expect("root");
     let set = Command::new("setfattr")
         .args(["-n", "user.colour", "-v", "blue"])
         .arg(&file)
@@ -123,19 +144,26 @@ fn extended_attributes_are_kept() {
         .expect("setfattr (Debian package attr) is on this host");
     assert!(set.success());
     let volume = format!("{}:/data", scratch.path().display());
-    // busybox has no getfattr: `cp -a` in the guest copies what it can read, and the host looks.
-    let ended = sh(
-        &["-v", &volume],
-        "cp -a /data/tagged /data/copy && mv /data/tagged /data/moved",
-    )
-    .wait();
+    let (get, set) = (of_host("getfattr"), of_host("setfattr"));
+    // The host's file is read and then moved; the guest's own gets an attribute and an owner.
+    let script = format!(
+        "cd /data && {get} --only-values -n user.colour of-host && stat -c ' %u:%g' of-host && mv of-host moved && \
+         echo x > of-guest && {set} -n user.taste -v sweet of-guest && chown 1234:567 of-guest"
+    );
+    let ended = sh(&["-v", &volume, "-v", "/usr:/host:ro"], &script).wait();
     ended.exits(0);
-    let get = Command::new("getfattr")
-        .args(["--only-values", "-n", "user.colour"])
-        .arg(scratch.path().join("moved"))
-        .output()
-        .expect("getfattr");
-    assert_eq!(String::from_utf8_lossy(&get.stdout), "blue");
+    assert_eq!(ended.text(), "blue 4321:8765\n");
+    let owner = |name: &str| {
+        let made = fs::metadata(scratch.path().join(name)).expect("there");
+        (made.uid(), made.gid())
+    };
+    let of = |name: &str, of: &str| attribute(&scratch.path().join(name), of);
+    assert_eq!(of("moved", "user.colour"), "blue");
+    assert_eq!(of("of-guest", "user.taste"), "sweet");
+    assert_eq!(
+        (owner("moved"), owner("of-guest")),
+        ((4321, 8765), (1234, 567))
+    );
 }
 
 #[test]
