@@ -1,5 +1,5 @@
 //! `capsid run` against a VMM that is a fake (`examples/fake-vmm.rs`), good or hostile: what goes in, what comes out, and
-//! what is left. These need root and a /dev/kvm of any kind; without them they fail by the refusal that they print.
+//! what is left. These need root and a /dev/kvm of any kind; without them each says so and is skipped.
 
 use serde_json::Value;
 use std::fs;
@@ -7,6 +7,18 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Skips the calling test, loudly, if `capsid run` cannot get anywhere here. `cargo xtask test` counts a test that prints a line
+/// `SKIPPED …: why` as skipped (`xtask/src/test/count.rs`); plain `cargo test` shows the line with `-- --show-output`.
+macro_rules! needs_kvm {
+    () => {
+        let kvm = fs::File::options().read(true).write(true).open("/dev/kvm");
+        if kvm.is_err() || !rustix::process::geteuid().is_root() {
+            eprintln!("SKIPPED {}: needs /dev/kvm and root", module_path!());
+            return;
+        }
+    };
+}
 
 struct Scratch(PathBuf);
 
@@ -120,6 +132,7 @@ fn kill(child: &Child, signal: rustix::process::Signal) {
 
 #[test]
 fn the_exit_code_is_the_command_s() {
+    needs_kvm!();
     for code in [0, 1, 7, 125, 137, 255] {
         let output = run("agent", &[], &["exit", &code.to_string()]);
         assert_eq!(ends(&output, code), "");
@@ -128,11 +141,13 @@ fn the_exit_code_is_the_command_s() {
 
 #[test]
 fn an_exit_status_that_is_none_is_255() {
+    needs_kvm!();
     ends(&run("agent", &[], &["exit", "65536"]), 255);
 }
 
 #[test]
 fn output_and_error_come_apart_and_whole() {
+    needs_kvm!();
     let output = run("agent", &[], &["say", "to-out", "to-err"]);
     assert_eq!(ends(&output, 0), "to-err");
     assert_eq!(text(&output.stdout), "to-out");
@@ -140,6 +155,7 @@ fn output_and_error_come_apart_and_whole() {
 
 #[test]
 fn sixteen_mebibytes_go_through_and_come_back() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let sent: Vec<u8> = (0..16u32 << 20).map(|n| (n % 251) as u8).collect();
     let mut child = capsid(&scratch, "agent", &["-i"], &["cat"])
@@ -157,6 +173,7 @@ fn sixteen_mebibytes_go_through_and_come_back() {
 
 #[test]
 fn without_i_no_byte_of_the_input_is_passed_on() {
+    needs_kvm!();
     let output = run("agent", &[], &["cat"]);
     // The fake finds no stream for its input and ends with a panic of its own.
     assert_ne!(output.status.code(), Some(0));
@@ -164,6 +181,7 @@ fn without_i_no_byte_of_the_input_is_passed_on() {
 
 #[test]
 fn an_output_that_nobody_reads_ends_the_writer() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let mut child = capsid(&scratch, "agent", &[], &["yes"])
         .spawn()
@@ -220,6 +238,7 @@ fn an_interrupt_ends_the_wait_for_a_reader_and_is_no_success() {
 
 #[test]
 fn an_output_that_cannot_be_written_is_not_a_success() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let full = fs::File::options()
         .write(true)
@@ -234,6 +253,7 @@ fn an_output_that_cannot_be_written_is_not_a_success() {
 
 #[test]
 fn signals_reach_the_command() {
+    needs_kvm!();
     for signal in [1, 2, 3, 10, 12, 15] {
         let scratch = Scratch::new();
         let mut child = capsid(&scratch, "agent", &[], &["trap"])
@@ -250,6 +270,7 @@ fn signals_reach_the_command() {
 
 #[test]
 fn the_third_interrupt_kills_what_ignores_two() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let mut child = capsid(&scratch, "agent", &[], &["ignore"])
         .spawn()
@@ -266,6 +287,7 @@ fn the_third_interrupt_kills_what_ignores_two() {
 
 #[test]
 fn an_interrupt_before_the_agent_is_there_ends_everything() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let mut child = capsid(&scratch, "silent", &[], &["exit", "0"])
         .spawn()
@@ -281,6 +303,7 @@ fn an_interrupt_before_the_agent_is_there_ends_everything() {
 
 #[test]
 fn capsid_killed_takes_its_vmm_along() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let mut child = capsid(&scratch, "agent", &[], &["ignore"])
         .spawn()
@@ -300,12 +323,14 @@ fn capsid_killed_takes_its_vmm_along() {
 
 #[test]
 fn a_killed_vmm_is_137_and_says_so() {
+    needs_kvm!();
     let stderr = ends(&run("agent", &[], &["killed"]), 137);
     one_line(&stderr, "the VMM was killed by signal 9");
 }
 
 #[test]
 fn a_guest_panic_is_255_with_the_reason_the_console_and_the_last_output() {
+    needs_kvm!();
     let output = run("agent", &[], &["die", "81"]);
     let stderr = ends(&output, 255);
     assert!(stderr.contains("said by the fake"), "{stderr}");
@@ -315,17 +340,20 @@ fn a_guest_panic_is_255_with_the_reason_the_console_and_the_last_output() {
 
 #[test]
 fn a_vmm_that_powers_off_under_the_command_is_no_success() {
+    needs_kvm!();
     ends(&run("agent", &[], &["die", "0"]), 255);
 }
 
 #[test]
 fn a_vmm_that_refuses_its_kernel_is_125_in_one_line() {
+    needs_kvm!();
     let stderr = ends(&run("end 86 no PVH note", &[], &["exit", "0"]), 125);
     one_line(&stderr, "no PVH note");
 }
 
 #[test]
 fn a_missing_command_is_127() {
+    needs_kvm!();
     one_line(
         &ends(&run("agent", &[], &["no-such-command"]), 127),
         "no-such-command",
@@ -334,6 +362,7 @@ fn a_missing_command_is_127() {
 
 #[test]
 fn a_refusal_of_the_agent_is_125_and_its_text_is_escaped() {
+    needs_kvm!();
     let stderr = ends(&run("agent", &[], &["refuse"]), 125);
     one_line(&stderr, "refused");
     assert!(!stderr.contains('\x1b'), "{stderr:?}");
@@ -341,6 +370,7 @@ fn a_refusal_of_the_agent_is_125_and_its_text_is_escaped() {
 
 #[test]
 fn an_agent_that_hangs_up_or_sends_garbage_is_255() {
+    needs_kvm!();
     for command in ["hang-up", "garbage"] {
         let stderr = ends(&run("agent", &[], &[command]), 255);
         assert!(stderr.contains("did not answer"), "{stderr}");
@@ -349,12 +379,14 @@ fn an_agent_that_hangs_up_or_sends_garbage_is_255() {
 
 #[test]
 fn an_output_that_the_guest_never_ends_does_not_hold_the_exit() {
+    needs_kvm!();
     let stderr = ends(&run("agent", &[], &["hold-output"]), 0);
     one_line(&stderr, "did not end its output");
 }
 
 #[test]
 fn json_tells_exit_phases_and_the_guest() {
+    needs_kvm!();
     let stderr = ends(&run("agent", &["--json"], &["exit", "5"]), 5);
     let told: Value = serde_json::from_str(stderr.lines().last().expect("a line")).expect("JSON");
     assert_eq!(told["exit_code"], 5);
@@ -369,6 +401,7 @@ fn json_tells_exit_phases_and_the_guest() {
 
 #[test]
 fn the_spec_names_no_path_of_the_host() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let data = scratch.0.join("data");
     fs::create_dir(&data).expect("writable");
@@ -387,6 +420,7 @@ fn the_spec_names_no_path_of_the_host() {
 
 #[test]
 fn a_missing_working_directory_is_made_inside_the_root() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let output = capsid(&scratch, "agent", &["-w", "/made/for/me"], &["exit", "0"])
         .output()
@@ -402,6 +436,7 @@ fn a_missing_working_directory_is_made_inside_the_root() {
 
 #[test]
 fn flags_that_cannot_be_are_refused_in_one_line() {
+    needs_kvm!();
     for (flags, word) in [
         (&["--memory", "12Q"][..], "12Q"),
         (&["--memory", "999999g"], "999999g"),

@@ -56,6 +56,17 @@ pub struct TestBinary {
     pub package: &'static str,
     /// The name of its `[[test]]`.
     pub name: &'static str,
+    /// The program of its package that it starts, at the path where cargo built it.
+    pub program: Option<&'static str>,
+}
+
+/// A test target that was built.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BuiltTest {
+    /// The test.
+    pub binary: PathBuf,
+    /// The program that it starts.
+    pub program: Option<PathBuf>,
 }
 
 /// How they are built.
@@ -123,7 +134,7 @@ pub fn build(
     }
 }
 
-/// Builds a test target as a static binary and returns its path.
+/// Builds a test target, and the program that it starts, as static binaries.
 ///
 /// # Errors
 /// It does not build.
@@ -131,7 +142,7 @@ pub fn build_test(
     progress: &Progress,
     workspace: &Path,
     test: TestBinary,
-) -> Result<PathBuf, ProgramsError> {
+) -> Result<BuiltTest, ProgramsError> {
     let mut command = cargo(workspace, "test");
     command.args([
         "--no-run",
@@ -147,8 +158,12 @@ pub fn build_test(
         if !status.success() {
             return Err(ProgramsError::Build(end(status)));
         }
-        executable(&String::from_utf8_lossy(&output), test.name)
-            .ok_or(ProgramsError::NoExecutable(test.name))
+        let messages = String::from_utf8_lossy(&output);
+        let built = |name| executable(&messages, name).ok_or(ProgramsError::NoExecutable(name));
+        Ok(BuiltTest {
+            binary: built(test.name)?,
+            program: test.program.map(built).transpose()?,
+        })
     })
 }
 
@@ -238,9 +253,15 @@ mod tests {
     #[test]
     fn the_executable_is_that_of_the_test() {
         let messages = r#"{"reason":"compiler-artifact","target":{"name":"other"},"executable":"/t/other"}
+{"reason":"compiler-artifact","target":{"name":"capsid-vmm","kind":["lib"]},"executable":null}
+{"reason":"compiler-artifact","target":{"name":"capsid-vmm","kind":["bin"]},"executable":"/t/capsid-vmm"}
 {"reason":"compiler-artifact","target":{"name":"system"},"executable":"/t/system-1"}
 {"reason":"build-finished","success":true}"#;
         assert_eq!(executable(messages, "system"), Some("/t/system-1".into()));
+        assert_eq!(
+            executable(messages, "capsid-vmm"),
+            Some("/t/capsid-vmm".into())
+        );
         assert_eq!(executable(messages, "absent"), None);
     }
 }

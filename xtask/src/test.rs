@@ -30,7 +30,7 @@ pub struct Test {
     /// Only these suites; may be given several times
     #[arg(long, value_enum)]
     pub suite: Vec<Suite>,
-    /// Where the whole-system tests run; by default as `cargo xtask run` does
+    /// Where the VMM's and the whole-system tests run; by default as `cargo xtask run` does
     #[arg(long, value_enum)]
     pub on: Option<Place>,
     /// Only tests whose name contains one of these words
@@ -51,6 +51,8 @@ pub enum Suite {
     Clippy,
     /// Unit and property tests
     Unit,
+    /// The VMM with small guests, on a real KVM
+    Vmm,
     /// The agent's service on real containers, in the testbed
     Service,
     /// The whole system on a real KVM
@@ -161,6 +163,7 @@ fn run_suite(context: &Context<'_>, test: &Test, suite: Suite) -> Result<Count, 
             )?);
             Ok(count)
         }
+        Suite::Vmm => hosted::vmm(context, test.on, &test.filters),
         Suite::Service => hosted::service(context, &test.filters),
         Suite::System => hosted::system(context, test.on, &test.filters),
     }

@@ -12,7 +12,7 @@ use super::count::{Count, Reader, SHOW_OUTPUT};
 use crate::artifacts::{self, Artifacts};
 use crate::command::{self, OnInterrupt, query, shown};
 use crate::place::Place;
-use crate::programs::{self, Profile, TestBinary};
+use crate::programs::{self, BuiltTest, Profile, TestBinary};
 use crate::run::choose;
 use crate::testbed::machine::Mode;
 use crate::testbed::saved::Context;
@@ -23,11 +23,19 @@ use crate::testbed::{self, Order};
 const SYSTEM: TestBinary = TestBinary {
     package: "capsid-tests",
     name: "system",
+    program: None,
 };
 /// The agent's tests: real containers on the host's own kernel, so always in the testbed.
 const SERVICE: TestBinary = TestBinary {
     package: "capsid-agent",
     name: "service",
+    program: None,
+};
+/// The VMM's tests: guests of a few bytes on a real KVM.
+const VMM: TestBinary = TestBinary {
+    package: "capsid-vmm",
+    name: "program",
+    program: Some("capsid-vmm"),
 };
 /// What a run left behind is counted on the whole host, and an agent owns its host's cgroups: one test at a time. And the tests
 /// that were skipped are told apart.
@@ -56,24 +64,50 @@ pub(super) fn system(
     filters: &[String],
 ) -> Result<Count, Box<dyn Error>> {
     let place = choose(context.progress, on);
-    let tests = Tests::build(context, SYSTEM, place)?;
-    let (tally, code) = match place {
-        Place::Host => here(&tests, filters)?,
-        Place::Testbed => inside(context, &tests, filters)?,
+    let artifacts = match place {
+        Place::Host => artifacts::ensure(context, Profile::Release)?,
+        Place::Testbed => testbed::prepare(context, Profile::Release, Mode::Plain)?,
     };
-    Ok(tests.counted(&tally, code))
+    let tests = Tests::build(context, SYSTEM, artifacts)?;
+    run(context, &tests, place, filters)
 }
 
 /// The agent's tests, in testbeds.
 pub(super) fn service(context: &Context<'_>, filters: &[String]) -> Result<Count, Box<dyn Error>> {
-    let tests = Tests::build(context, SERVICE, Place::Testbed)?;
-    let (tally, code) = inside(context, &tests, filters)?;
+    let artifacts = testbed::prepare(context, Profile::Release, Mode::Plain)?;
+    let tests = Tests::build(context, SERVICE, artifacts)?;
+    run(context, &tests, Place::Testbed, filters)
+}
+
+/// The VMM's tests, where the whole-system tests run; they bring their own guests.
+pub(super) fn vmm(
+    context: &Context<'_>,
+    on: Option<Place>,
+    filters: &[String],
+) -> Result<Count, Box<dyn Error>> {
+    let place = choose(context.progress, on);
+    let tests = Tests::build(context, VMM, Artifacts::default())?;
+    run(context, &tests, place, filters)
+}
+
+fn run(
+    context: &Context<'_>,
+    tests: &Tests,
+    place: Place,
+    filters: &[String],
+) -> Result<Count, Box<dyn Error>> {
+    let (tally, code) = match place {
+        Place::Host => here(tests, filters)?,
+        Place::Testbed => inside(context, tests, filters)?,
+    };
     Ok(tests.counted(&tally, code))
 }
 
 /// A built suite and everything it needs.
 struct Tests {
     artifacts: Artifacts,
+    /// What goes from the programs' drive to where the tests look for it.
+    copies: Vec<(PathBuf, PathBuf)>,
     binary: PathBuf,
     /// What the binary is called where it runs.
     name: String,
@@ -83,17 +117,21 @@ impl Tests {
     fn build(
         context: &Context<'_>,
         test: TestBinary,
-        place: Place,
+        mut artifacts: Artifacts,
     ) -> Result<Self, Box<dyn Error>> {
-        let mut artifacts = match place {
-            Place::Host => artifacts::ensure(context, Profile::Release)?,
-            Place::Testbed => testbed::prepare(context, Profile::Release, Mode::Plain)?,
-        };
-        let binary = programs::build_test(context.progress, context.workspace, test)?;
+        let BuiltTest { binary, program } =
+            programs::build_test(context.progress, context.workspace, test)?;
         let name = format!("capsid-{}-tests", test.name);
         artifacts.add(None, binary.clone(), &format!("bin/{name}"));
+        let mut copies = Vec::new();
+        if let Some(program) = program {
+            let place = "lib/program-under-test";
+            artifacts.add(None, program.clone(), place);
+            copies.push((place.into(), program));
+        }
         Ok(Self {
             artifacts,
+            copies,
             binary,
             name,
         })
@@ -161,6 +199,7 @@ fn one_share(
     words.extend(names.iter().map(Into::into));
     let order = Order {
         items: tests.artifacts.items(),
+        copies: tests.copies.clone(),
         variables: tests.artifacts.variables_inside(),
         words,
         limit: Some(Duration::from_secs(SHARE_LIMIT_S)),
