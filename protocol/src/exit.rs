@@ -8,7 +8,7 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum VmmExit {
-    /// The guest powered itself off.
+    /// The guest powered itself off, and the VMM had not been told to stop.
     PowerOff = 0,
     /// A thread of the VMM panicked; a defect of Capsid.
     Internal = 70,
@@ -24,7 +24,7 @@ pub enum VmmExit {
     KvmError = 83,
     /// A vCPU thread ended although nobody had asked it to.
     VcpuLost = 84,
-    /// The VMM was told to stop (SIGTERM), asked the guest, and ended the VM when the grace was over.
+    /// The VMM was told to stop (SIGTERM) and asked the guest, which powered off or was ended when its grace was over.
     Stopped = 85,
     /// The kernel or the initramfs was refused.
     BadKernel = 86,

@@ -104,23 +104,25 @@ impl Machine {
         self.poller
             .watch(self.signals.0.as_raw_fd(), READ, 0, wake)?;
         self.vcpus.release();
-        let mut deadline: Option<Instant> = None;
+        // The signal that told us to stop, and when the guest's grace is over.
+        let mut told: Option<(&str, Instant)> = None;
         loop {
             if let Some(end) = self.ends.get() {
-                return Ok(end);
+                return Ok(as_told(end, told.map(|(signal, _)| signal)));
             }
             if let Some(signal) = self.signals.take()? {
                 let stopped =
                     |how: &str| Ok(End::new(VmmExit::Stopped, format!("{signal}, {how}")));
-                if deadline.is_some() {
+                if told.is_some() {
                     return stopped("twice");
                 }
                 if !self.ask_guest() {
                     return stopped("and the guest cannot be asked to power off");
                 }
-                deadline = Some(Instant::now() + Duration::from_millis(STOP_GRACE_MS));
+                let grace = Duration::from_millis(STOP_GRACE_MS);
+                told = Some((signal, Instant::now() + grace));
             }
-            let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+            let left = told.map(|(_, deadline)| deadline.saturating_duration_since(Instant::now()));
             if left == Some(Duration::ZERO) {
                 let why = format!("the guest did not power off within {STOP_GRACE_MS} ms");
                 return Ok(End::new(VmmExit::Stopped, why));
@@ -145,6 +147,17 @@ impl Machine {
                 Ok(_) => {}
             }
         }
+    }
+}
+
+/// A guest that powers off because we asked it to, as a signal told us, was stopped: it did not end by itself.
+fn as_told(end: End, signal: Option<&str>) -> End {
+    match (end.exit, signal) {
+        (VmmExit::PowerOff, Some(signal)) => {
+            let why = format!("{signal}, and the guest powered off in good order");
+            End::new(VmmExit::Stopped, why)
+        }
+        _ => end,
     }
 }
 
@@ -194,4 +207,24 @@ pub fn machine_events(ends: Ends) -> capsid_devices::machine::MachineEvents {
         };
         ends.report(End::new(exit, why));
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_that_was_asked_to_power_off_was_stopped() {
+        let off = || End::new(VmmExit::PowerOff, "the guest powered off");
+        assert_eq!(as_told(off(), None).exit, VmmExit::PowerOff);
+        let stopped = as_told(off(), Some("SIGTERM"));
+        assert_eq!(stopped.exit, VmmExit::Stopped);
+        assert!(stopped.why.contains("SIGTERM"), "{}", stopped.why);
+        let panic = End::new(VmmExit::GuestPanic, "pvpanic");
+        assert_eq!(
+            as_told(panic, Some("SIGTERM")).exit,
+            VmmExit::GuestPanic,
+            "a guest that dies meanwhile was not stopped"
+        );
+    }
 }

@@ -146,6 +146,18 @@ mod tests {
     }
 
     #[test]
+    fn a_vmm_that_was_told_to_stop_says_so() {
+        let words = "capsid-vmm: the VM was stopped: SIGTERM, and the guest powered off\n";
+        let verdict = machine_ended(&ended(How::Exit(VmmExit::Stopped), words), true);
+        assert_eq!(verdict.code, 255);
+        let reason = verdict.reason.expect("a reason");
+        assert!(
+            reason.starts_with("the VM was stopped: SIGTERM"),
+            "{reason}"
+        );
+    }
+
+    #[test]
     fn a_refused_kernel_is_ours_in_one_line() {
         let words = "capsid-vmm: the guest kernel or initramfs was refused: no PVH note\n";
         let verdict = machine_ended(&ended(How::Exit(VmmExit::BadKernel), words), false);
