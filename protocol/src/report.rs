@@ -22,7 +22,7 @@ pub struct MachineReport {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Phase {
-    /// `exec` (main began), `config`, `memory`, `kvm`, `load`, `devices`, `jail`, `run` (first KVM_RUN),
+    /// `exec` (main began), `config`, `memory`, `kvm`, `devices`, `load`, `jail`, `run` (first KVM_RUN),
     /// `agent` (the guest dialled the owner), `end`.
     pub name: String,
     /// CLOCK_MONOTONIC of the host when the phase ended, in ns.
