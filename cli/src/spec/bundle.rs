@@ -226,6 +226,10 @@ fn is_bind(mount: &Mount) -> bool {
             .any(|option| option == "bind" || option == "rbind")
 }
 
+fn goes_up(place: &str) -> bool {
+    place.split('/').any(|name| name == "..")
+}
+
 fn volume(
     mount: &Mount,
     directory: &Path,
@@ -235,8 +239,11 @@ fn volume(
         return refuse(field("source"), "missing for a bind mount");
     };
     let destination = mount.destination().to_str();
-    let Some(destination) = destination.filter(|place| !place.contains("..")) else {
-        return refuse(field("destination"), "must be UTF-8 without ..");
+    let Some(destination) = destination.filter(|place| !goes_up(place)) else {
+        return refuse(
+            field("destination"),
+            "must be UTF-8 and have no component ..",
+        );
     };
     Ok(Volume {
         // Relative to the bundle, as runc takes it.
@@ -346,6 +353,23 @@ mod tests {
         );
         assert!(refused(|spec| spec["ociVersion"] = json!("9.0")).contains("ociVersion"));
         assert!(refused(|spec| spec["root"] = Value::Null).contains("root.path"));
+    }
+
+    #[test]
+    fn only_a_component_of_two_dots_is_refused_in_a_destination() {
+        for place in ["/..", "/a/..", "/a/../b", "/../a"] {
+            let error = refused(|spec| spec["mounts"][1]["destination"] = json!(place));
+            assert!(error.contains("mounts[1].destination"), "{error}");
+        }
+        for place in ["/a..b", "/..a", "/a..", "/.../a"] {
+            let mut spec = good();
+            spec["mounts"][1]["destination"] = json!(place);
+            let bundle = read_text(spec.to_string().as_bytes()).expect("a name like others");
+            assert_eq!(
+                bundle.volumes.first().map(|v| v.destination.as_str()),
+                Some(place)
+            );
+        }
     }
 
     #[test]
