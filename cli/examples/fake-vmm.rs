@@ -80,6 +80,12 @@ fn main() {
     let (host, guest) = UnixStream::pair().expect("sockets");
     send_accepted(&owner, &host);
     drop(host);
+    if let Some(told) = script.strip_prefix("mute ") {
+        // Hears the first call and never answers; whoever listens at the other end of the pipe is told.
+        (&guest).read_exact(&mut [0]).expect("a call");
+        std::fs::write(told, "x").expect("a pipe");
+        lost();
+    }
     let (sender, streams) = mpsc::channel();
     thread::spawn(move || take_streams(&owner, &sender));
     Agent {

@@ -1,20 +1,22 @@
 //! `capsid check`: what this machine has and lacks, and what to do. The last line is not an opinion: a VM is booted.
-//! Nothing here waits without a deadline; software KVM is told by the CPU's flags and not tried.
+//! Nothing here waits without a deadline, a signal ends each wait of the boot at once; software KVM is told by the CPU's flags and not tried.
 
-use crate::abort::Abort;
+use crate::abort::{Abort, Aborted};
 use crate::args::{CheckArgs, MachineArgs};
 use crate::host::{self, KvmKind};
 use crate::image::cache::{Cache, DEFAULT_DIRECTORY};
 use crate::share::{self, Plan, Root};
-use crate::vm::agent::Agent;
+use crate::vm::agent::{Agent, AgentError};
 use crate::vm::files::Part;
-use crate::vm::{Machine, News, Parts};
+use crate::vm::{Ended, How, Machine, News, Parts};
 use crate::{chain, quantity};
 use capsid_protocol::agent::StartSandboxResponse;
+use capsid_protocol::exit::VmmExit;
 use serde::Serialize;
 use std::io::Write;
 use std::path::PathBuf;
 use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// How long the VM of a check may take to boot, in ms; an emulated host is some twenty times slower than a real one.
@@ -73,20 +75,40 @@ struct Answer {
     items: Vec<Item>,
 }
 
+/// What happens while the VM boots.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// A signal came; the abort says which.
+    Signal,
+    /// News of the machine.
+    Machine(News),
+    /// The agent's first answer.
+    Guest(Result<StartSandboxResponse, AgentError>),
+    /// Its answer to PowerOff.
+    PowerOff(Result<(), AgentError>),
+}
+
+/// Both ends of the way that events take.
+pub(crate) type Events = (mpsc::Sender<Event>, mpsc::Receiver<Event>);
+
 /// Checks and prints; whether `run` would work.
-pub(crate) fn check(args: &CheckArgs, abort: &Abort) -> bool {
+///
+/// # Errors
+/// A signal asked to stop: nothing is known, and nothing printed.
+pub(crate) fn check(args: &CheckArgs, abort: &Abort, events: &Events) -> Result<bool, Aborted> {
     let mut items = machine_items();
     items.extend(file_items(&args.machine));
     items.push(mount_item());
     let is_ready = items.iter().all(|item| item.state != State::Missing);
     items.push(match is_ready {
-        true => boot_item(&args.machine, abort),
+        true => boot_item(&args.machine, abort, events),
         false => Item {
             name: "boot",
             state: State::Missing,
             text: "not tried, since something above is missing".to_owned(),
         },
     });
+    abort.check()?;
     let answer = Answer {
         usable: items.iter().all(|item| item.state != State::Missing),
         version: env!("CARGO_PKG_VERSION"),
@@ -98,11 +120,11 @@ pub(crate) fn check(args: &CheckArgs, abort: &Abort) -> bool {
     };
     // A reader that is gone has had enough; the exit code says it too.
     let _closed = std::io::stdout().write_all(text.as_bytes());
-    answer.usable
+    Ok(answer.usable)
 }
 
 fn table(answer: &Answer) -> String {
-    let mut text = String::new();
+    let mut text = format!("{:<7} {:<12} {}\n", "ok", "capsid", answer.version);
     for item in &answer.items {
         let mark = match item.state {
             State::Ok => "ok",
@@ -176,7 +198,11 @@ fn memory_item((total, available): (u64, u64), cgroup_limit: Option<u64>) -> Ite
     }
     let is_enough = quantity::memory(BOOT_MEMORY, usable).is_ok();
     if !is_enough {
-        text.push_str(": too little for a VM");
+        let remedy = match cgroup_limit.is_some_and(|limit| limit < available) {
+            true => "raise the limit of this cgroup, or run outside it",
+            false => "end other programs, or add memory",
+        };
+        text.push_str(&format!(": too little for a VM of {BOOT_MEMORY}: {remedy}"));
     }
     Item {
         name: "memory",
@@ -235,17 +261,25 @@ enum BootError {
     #[error(transparent)]
     Start(#[from] crate::vm::StartError),
     #[error(transparent)]
-    Agent(#[from] crate::vm::agent::AgentError),
+    Agent(#[from] AgentError),
     #[error(transparent)]
-    Aborted(#[from] crate::abort::Aborted),
+    Aborted(#[from] Aborted),
     #[error("the VM ended: {0}")]
     Ended(String),
     #[error("the guest did not come up within {BOOT_TIMEOUT_MS} ms")]
     Late,
+    #[error("the guest did not power off within {POWER_OFF_TIMEOUT_MS} ms")]
+    Stays,
 }
 
-fn boot_item(args: &MachineArgs, abort: &Abort) -> Item {
-    let booted = boot(args, abort).map(|(guest, took)| {
+impl BootError {
+    fn ended(ended: &Ended) -> BootError {
+        BootError::Ended(crate::run::machine_ended(ended))
+    }
+}
+
+fn boot_item(args: &MachineArgs, abort: &Abort, events: &Events) -> Item {
+    let booted = boot(args, abort, events).map(|(guest, took)| {
         format!(
             "a VM booted in {} ms: Linux {}, agent {}",
             took.as_millis(),
@@ -257,7 +291,11 @@ fn boot_item(args: &MachineArgs, abort: &Abort) -> Item {
 }
 
 /// Boots a VM, talks to its agent and powers it off. The machine's guard kills what does not end by itself.
-fn boot(args: &MachineArgs, abort: &Abort) -> Result<(StartSandboxResponse, Duration), BootError> {
+fn boot(
+    args: &MachineArgs,
+    abort: &Abort,
+    (sender, events): &Events,
+) -> Result<(StartSandboxResponse, Duration), BootError> {
     let parts = Parts {
         id: "check".to_owned(),
         vmm: Part::Vmm.find(args)?,
@@ -270,43 +308,73 @@ fn boot(args: &MachineArgs, abort: &Abort) -> Result<(StartSandboxResponse, Dura
     };
     let started = Instant::now();
     let deadline = started + Duration::from_millis(BOOT_TIMEOUT_MS);
-    let (sender, news) = mpsc::channel();
-    let _machine = Machine::start(parts, move |item| {
+    let tell = sender.clone();
+    let _machine = Machine::start(parts, move |news| {
         // The check may be over.
-        let _nobody_listens = sender.send(item);
+        let _nobody_listens = tell.send(Event::Machine(news));
     })?;
     let stream = loop {
-        abort.check()?;
-        // Short waits, for a signal to be seen between them.
-        let left = deadline.saturating_duration_since(Instant::now());
-        match news.recv_timeout(left.min(ABORT_CHECK)) {
-            Ok(News::AgentDialled(stream)) => break stream,
-            Ok(News::Ended(ended)) => {
-                let reason = crate::run::machine_ended(&ended);
-                return Err(BootError::Ended(reason));
-            }
-            Err(_) if left.is_zero() => return Err(BootError::Late),
-            Err(_) => {}
+        match next(events, abort, deadline)?.ok_or(BootError::Late)? {
+            Event::Machine(News::AgentDialled(stream)) => break stream,
+            Event::Machine(News::Ended(ended)) => return Err(BootError::ended(&ended)),
+            _ => {}
         }
     };
-    let agent = Agent::new(stream)?;
-    let guest = agent.start_sandbox("check")?;
+    let (agent, tell) = (Agent::new(stream)?, sender.clone());
+    thread::spawn(move || call(agent, &tell));
+    let guest = loop {
+        match next(events, abort, deadline)?.ok_or(BootError::Late)? {
+            Event::Guest(guest) => break guest?,
+            Event::Machine(News::Ended(ended)) => return Err(BootError::ended(&ended)),
+            _ => {}
+        }
+    };
     let took = started.elapsed();
-    agent.power_off()?;
-    drop(agent); // the agent waits with the end until its host has hung up
-    let limit = Duration::from_millis(POWER_OFF_TIMEOUT_MS);
-    match news.recv_timeout(limit) {
-        Ok(_) => Ok((guest, took)),
-        Err(_) => Err(BootError::Late),
+    let deadline = Instant::now() + Duration::from_millis(POWER_OFF_TIMEOUT_MS);
+    loop {
+        match next(events, abort, deadline)?.ok_or(BootError::Stays)? {
+            Event::PowerOff(answer) => answer?,
+            Event::Machine(News::Ended(ended)) => match ended.how {
+                How::Exit(VmmExit::PowerOff) => return Ok((guest, took)),
+                _ => return Err(BootError::ended(&ended)),
+            },
+            _ => {}
+        }
     }
 }
 
-/// How often a waiting check looks for a signal.
-const ABORT_CHECK: Duration = Duration::from_millis(100);
+/// The next event, `None` at the deadline.
+fn next(
+    events: &mpsc::Receiver<Event>,
+    abort: &Abort,
+    deadline: Instant,
+) -> Result<Option<Event>, Aborted> {
+    abort.check()?;
+    let left = deadline.saturating_duration_since(Instant::now());
+    let event = events.recv_timeout(left).ok();
+    abort.check()?;
+    Ok(event)
+}
+
+/// The calls of a check. Each blocks, so they have a thread, which ends with the machine at the latest.
+fn call(agent: Agent, tell: &mpsc::Sender<Event>) {
+    // The check may be over.
+    let guest = agent.start_sandbox("check");
+    let is_up = guest.is_ok();
+    let _nobody_listens = tell.send(Event::Guest(guest));
+    if is_up {
+        let off = agent.power_off();
+        drop(agent); // the agent waits with the end until its host has hung up
+        let _nobody_listens = tell.send(Event::PowerOff(off));
+    }
+}
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rustix::fs::Mode;
+    use std::fs::File;
+    use std::io::Read;
 
     #[test]
     fn software_kvm_is_missing_and_says_what_to_do() {
@@ -342,7 +410,11 @@ mod tests {
             memory_item((4 * gib, 2 * gib), Some(64 << 20)).state,
             State::Missing
         );
-        assert_eq!(memory_item((4 * gib, 64 << 20), None).state, State::Missing);
+        let host = memory_item((4 * gib, 64 << 20), None);
+        assert_eq!(host.state, State::Missing);
+        assert!(host.text.contains("end other programs"), "{}", host.text);
+        let cgroup = memory_item((4 * gib, 2 * gib), Some(64 << 20));
+        assert!(cgroup.text.contains("raise the limit"), "{}", cgroup.text);
     }
 
     #[test]
@@ -352,6 +424,41 @@ mod tests {
             version: "0",
             items: vec![user_item(false)],
         };
-        assert!(table(&answer).ends_with("does not work on this machine\n"));
+        let table = table(&answer);
+        assert!(table.starts_with("ok      capsid       0\n"), "{table}");
+        assert!(table.ends_with("does not work on this machine\n"));
+    }
+
+    #[test]
+    fn a_signal_ends_the_wait_for_an_agent_that_does_not_answer() {
+        let scratch = crate::testing::Scratch::new("check");
+        let (script, asked) = (scratch.path().join("script"), scratch.path().join("asked"));
+        rustix::fs::mkfifoat(rustix::fs::CWD, &asked, Mode::from_raw_mode(0o600)).expect("a pipe");
+        std::fs::write(&script, format!("mute {}", asked.display())).expect("writable");
+        let tests = std::env::current_exe().expect("this program");
+        let built = tests.ancestors().nth(2).expect("in its directory");
+        let args = MachineArgs {
+            vmm: Some(built.join("examples/fake-vmm")),
+            kernel: Some(script.clone()),
+            initramfs: Some(script),
+            ..MachineArgs::default()
+        };
+        let (abort, events) = (Abort::default(), mpsc::channel());
+        // Opened for both, so that neither open waits.
+        let both = || File::options().read(true).write(true).open(&asked);
+        let (mut pipe, mut ours) = (both().expect("a pipe"), both().expect("a pipe"));
+        let (raise, tell) = (abort.clone(), events.0.clone());
+        let signal = thread::spawn(move || {
+            pipe.read_exact(&mut [0]).expect("the agent was asked");
+            raise.raise(2);
+            tell.send(Event::Signal).expect("the check listens");
+            Instant::now()
+        });
+        let booted = boot(&args, &abort, &events);
+        // Should the agent never have been asked.
+        ours.write_all(b"x").expect("a pipe");
+        let raised = signal.join().expect("the signal");
+        assert!(matches!(booted, Err(BootError::Aborted(_))), "{booted:?}");
+        assert!(raised.elapsed() < Duration::from_secs(2));
     }
 }

@@ -27,7 +27,7 @@ mod vm;
 mod volume;
 
 use abort::Abort;
-use args::{Cli, Command, RunArgs};
+use args::{CheckArgs, Cli, Command, RunArgs};
 use clap::Parser;
 use clap::error::ErrorKind;
 use run::{Clock, Event, RunError, Verdict};
@@ -56,18 +56,30 @@ pub fn main() -> ExitCode {
     match Cli::try_parse() {
         Ok(cli) => match cli.command {
             Command::Run(args) => run_command(&args, signals, &clock),
-            Command::Check(args) => {
-                let abort = Abort::default();
-                if let Err(error) = signals.serve(abort.clone(), |_| {}) {
-                    return fail(&format!("cannot take signals: {error}"));
-                }
-                match check::check(&args, &abort) {
-                    true => ExitCode::SUCCESS,
-                    false => ExitCode::from(NOT_USABLE),
-                }
-            }
+            Command::Check(args) => check_command(&args, signals),
         },
         Err(error) => usage(&error),
+    }
+}
+
+fn check_command(args: &CheckArgs, signals: Signals) -> ExitCode {
+    let abort = Abort::default();
+    let events = mpsc::channel();
+    let tell = events.0.clone();
+    let served = signals.serve(abort.clone(), move |_| {
+        // The check may be over.
+        let _nobody_listens = tell.send(check::Event::Signal);
+    });
+    if let Err(error) = served {
+        return fail(&format!("cannot take signals: {error}"));
+    }
+    match check::check(args, &abort, &events) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::from(NOT_USABLE),
+        Err(aborted) => {
+            eprintln!("capsid: {aborted}");
+            ExitCode::from(Verdict::signalled(aborted.signal, None).code)
+        }
     }
 }
 
