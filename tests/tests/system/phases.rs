@@ -32,8 +32,8 @@ struct Cut {
 }
 
 impl Cut {
-    /// Starts a bundle whose command marks with the file `up` that it runs, fills its output, waits for the file `go` and
-    /// ends. A hook that runs before the command waits for `hook-go`.
+    /// Starts a bundle whose command marks with the file `up` that it runs, having filled its output, waits for the file
+    /// `go` and ends. With `hook`, a hook holds up its start for ever, which the file `hook` marks.
     fn start(hook: bool) -> Cut {
         let scratch = Scratch::new("phase");
         let mut spec = privileged_spec(&format!(
