@@ -2,7 +2,7 @@
 //! pid *before* that process can become a child of the agent (see `launch.rs`), so no exit is stolen and
 //! none is missed: what is not registered is an orphan and is forgotten.
 
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use rustix::process::{WaitOptions, WaitStatus, wait};
 use std::collections::HashMap;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -74,14 +74,11 @@ impl Reaper {
     /// Reaps at most [`REAP_BATCH_COUNT`]; true if there may be more.
     fn reap_batch(&self) -> bool {
         for _ in 0..REAP_BATCH_COUNT {
-            match waitid(Id::All, WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG) {
-                Ok(WaitStatus::Exited(pid, code)) => self.tell(pid.as_raw(), exit_status(code)),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    self.tell(pid.as_raw(), signal_status(signal as i32));
-                }
-                // StillAlive: no zombie. ECHILD: no child. Nothing else is asked for.
-                _ => return false,
-            }
+            // None: no zombie. ECHILD: no child. Nothing else is asked for.
+            let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) else {
+                return false;
+            };
+            self.tell(pid.as_raw_nonzero().get(), status_of(status));
         }
         true
     }
@@ -96,6 +93,14 @@ impl Reaper {
 
     fn table(&self) -> MutexGuard<'_, HashMap<i32, oneshot::Sender<Exit>>> {
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn status_of(status: WaitStatus) -> u8 {
+    match (status.exit_status(), status.terminating_signal()) {
+        (Some(code), _) => exit_status(code),
+        (None, Some(signal)) => signal_status(signal),
+        (None, None) => Exit::unknown().status,
     }
 }
 
@@ -117,6 +122,20 @@ fn realtime_ns() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_end_by_any_signal_of_the_kernel_is_told() {
+        // 64 is a real-time signal, which has no name.
+        for signal in [9, 15, 34, 64] {
+            let script = format!("kill -{signal} $$");
+            let mut shell = std::process::Command::new("sh");
+            let child = shell.args(["-c", &script]).spawn().expect("sh");
+            let pid = rustix::process::Pid::from_child(&child);
+            let ended = rustix::process::waitpid(Some(pid), WaitOptions::empty()).expect("wait");
+            let (_, status) = ended.expect("it has ended");
+            assert_eq!(i32::from(status_of(status)), 128 + signal);
+        }
+    }
 
     #[test]
     fn exit_7_is_7() {

@@ -51,7 +51,7 @@ impl Verdict {
 pub(crate) fn machine_ended(ended: &Ended, is_running: bool) -> Verdict {
     let code = match (is_running, ended.how) {
         (false, _) => OURS,
-        (true, How::Signal(_)) => KILLED,
+        (true, How::Signal(_) | How::Exit(VmmExit::Stopped)) => KILLED,
         (true, _) => UNKNOWN,
     };
     Verdict {
@@ -149,7 +149,7 @@ mod tests {
     fn a_vmm_that_was_told_to_stop_says_so() {
         let words = "capsid-vmm: the VM was stopped: SIGTERM, and the guest powered off\n";
         let verdict = machine_ended(&ended(How::Exit(VmmExit::Stopped), words), true);
-        assert_eq!(verdict.code, 255);
+        assert_eq!(verdict.code, 137);
         let reason = verdict.reason.expect("a reason");
         assert!(
             reason.starts_with("the VM was stopped: SIGTERM"),
