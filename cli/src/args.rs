@@ -16,6 +16,10 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a command in a new container in a microVM of its own
+    #[command(
+        after_help = "Signals: INT, TERM, HUP, QUIT, USR1, USR2, ALRM, VTALRM, PROF, IO, PWR, STKFLT and CONT are \
+                      passed on to the command. The third of the first four kills its VM. TSTP stops capsid itself."
+    )]
     Run(Box<RunArgs>),
     /// Say whether this machine can run containers, and what to do if not
     Check(CheckArgs),

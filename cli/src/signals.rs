@@ -12,8 +12,20 @@ pub(crate) const ENDING: [Signal; 4] = [
     Signal::SIGHUP,
     Signal::SIGQUIT,
 ];
-/// These are passed on as well once it runs.
-const FORWARDED: [Signal; 3] = [Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGALRM];
+/// These are passed on as well once it runs: what docker passes on, but for three kinds. A fault or a limit is about
+/// this process and not the container's; TSTP, TTIN and TTOU are the shell's way to stop us; real-time signals have no
+/// name in the crate that takes them. A blocked CONT still continues us.
+const FORWARDED: [Signal; 9] = [
+    Signal::SIGUSR1,
+    Signal::SIGUSR2,
+    Signal::SIGALRM,
+    Signal::SIGSTKFLT,
+    Signal::SIGCONT,
+    Signal::SIGVTALRM,
+    Signal::SIGPROF,
+    Signal::SIGIO,
+    Signal::SIGPWR,
+];
 
 /// The blocked set. To be made first of all, while the process has one thread: threads inherit the mask.
 pub(crate) struct Signals(SigSet);

@@ -254,7 +254,7 @@ fn an_output_that_cannot_be_written_is_not_a_success() {
 #[test]
 fn signals_reach_the_command() {
     needs_kvm!();
-    for signal in [1, 2, 3, 10, 12, 15] {
+    for signal in [1, 2, 3, 10, 12, 14, 15, 16, 18, 26, 27, 29, 30] {
         let scratch = Scratch::new();
         let mut child = capsid(&scratch, "agent", &[], &["trap"])
             .spawn()
