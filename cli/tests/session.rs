@@ -197,6 +197,7 @@ const FLOOD_BYTES: usize = 200 << 10;
 
 #[test]
 fn a_reader_has_all_the_time_there_is() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let mut child = capsid(&scratch, "agent", &[], &["flood", &FLOOD_BYTES.to_string()])
         .spawn()
@@ -223,6 +224,7 @@ fn a_reader_has_all_the_time_there_is() {
 
 #[test]
 fn an_interrupt_ends_the_wait_for_a_reader_and_is_no_success() {
+    needs_kvm!();
     let scratch = Scratch::new();
     let mut child = capsid(&scratch, "agent", &[], &["flood", &FLOOD_BYTES.to_string()])
         .spawn()
