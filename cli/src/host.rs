@@ -28,7 +28,9 @@ pub(crate) enum KvmError {
     )]
     Absent,
     /// No permission.
-    #[error("{KVM_DEVICE} may not be opened: run as root or as a member of the group that owns it")]
+    #[error(
+        "{KVM_DEVICE} may not be opened: run as root or as a member of the group that owns it; a container must be given the device"
+    )]
     Forbidden(#[source] io::Error),
     /// Another error.
     #[error("{KVM_DEVICE} cannot be opened")]

@@ -179,22 +179,40 @@ fn a_bundle_without_a_command_is_refused() {
     );
 }
 
+/// A /dev without /dev/kvm.
+const KVM_ABSENT: &str = "mount -t tmpfs none /mnt && cp -a /dev/null /dev/zero /dev/urandom /mnt/ && mount --move /mnt /dev";
+/// A /dev/kvm that not even root may open.
+const KVM_NOT_PERMITTED: &str =
+    "mount -t tmpfs -o nodev none /mnt && cp -a /dev/kvm /mnt/ && mount --bind /mnt/kvm /dev/kvm";
+
+/// Runs `capsid` where `mounts` were made, which nobody else sees: the host may be somebody's.
+fn behind(mounts: &str, arguments: &[&str]) -> Output {
+    let script = format!("{mounts} && exec capsid \"$@\"");
+    let mut shell = Command::new("unshare");
+    shell.args(["--mount", "sh", "-c", &script, "sh"]);
+    shell.args(arguments).output().expect("unshare")
+}
+
 #[test]
 fn kvm_absent_or_not_permitted_is_said() {
     let before = Ledger::now();
-    let node = "/dev/kvm";
-    let away = "/dev/kvm.away";
-    fs::rename(node, away).expect("root on a devtmpfs");
-    let run_ended = run(&[], &["true"]).wait();
-    let check_ended = capsid(["check"]).wait();
-    fs::rename(away, node).expect("put back");
-    run_ended.refuses(REFUSED, &["/dev/kvm"]);
-    assert_ne!(check_ended.code, 0);
-    assert!(
-        check_ended.text().contains("/dev/kvm"),
-        "{}",
-        check_ended.text()
-    );
+    let image = image();
+    let image = image.to_str().expect("utf-8");
+    let cases = [
+        (KVM_ABSENT, "/dev/kvm does not exist"),
+        (KVM_NOT_PERMITTED, "/dev/kvm may not be opened"),
+    ];
+    for (mounts, words) in cases {
+        let run = behind(mounts, &["run", "--image", image, "--", "true"]);
+        assert_eq!(run.status.code(), Some(REFUSED), "{mounts}");
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert!(said.contains(words), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        let check = behind(mounts, &["check"]);
+        assert!(!check.status.success(), "{mounts}");
+        let said = String::from_utf8_lossy(&check.stdout);
+        assert!(said.contains(words), "{said}");
+    }
     before.balances();
 }
 
