@@ -124,6 +124,7 @@ mod tests {
     use super::*;
 
     #[test]
+    #[allow(clippy::zombie_processes)] // it is reaped by its pid, as the reaper does
     fn an_end_by_any_signal_of_the_kernel_is_told() {
         // 64 is a real-time signal, which has no name.
         for signal in [9, 15, 34, 64] {
