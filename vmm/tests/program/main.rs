@@ -1,5 +1,5 @@
-//! The program as its owner starts it, on this machine's KVM: how guests end, what is refused, what the jail
-//! holds. Needs root and /dev/kvm; what cannot run here says so by name.
+//! The program as its owner starts it, on a real KVM, the host's or the testbed's: how guests end, what is
+//! refused, what the jail holds. Needs root and /dev/kvm; what cannot run here says so by name.
 
 mod guests;
 mod harness;
