@@ -139,7 +139,8 @@ const PHASES: [Phase; 5] = [
     ("booting", Cut::booting, 130),
     ("creating", Cut::creating, 130),
     ("starting", Cut::starting, 130),
-    ("draining", Cut::draining, CODE),
+    // What the command wrote is not all written: its own exit would say that it is.
+    ("draining", Cut::draining, 130),
     ("powering off", Cut::powering_off, CODE),
 ];
 
