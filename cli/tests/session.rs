@@ -222,6 +222,17 @@ fn a_reader_has_all_the_time_there_is() {
     assert_eq!(output.stdout.len(), FLOOD_BYTES - 1);
 }
 
+/// Sends SIGINT for as long as it lives, because standard signals do not queue; its exit code.
+fn interrupted_until_it_ends(child: &mut Child) -> Option<i32> {
+    loop {
+        if let Some(status) = child.try_wait().expect("our child") {
+            return status.code();
+        }
+        kill(child, rustix::process::Signal::INT);
+        std::thread::yield_now();
+    }
+}
+
 #[test]
 fn an_interrupt_ends_the_wait_for_a_reader_and_is_no_success() {
     needs_kvm!();
@@ -230,11 +241,7 @@ fn an_interrupt_ends_the_wait_for_a_reader_and_is_no_success() {
         .spawn()
         .expect("it runs");
     until(&mut child, "y");
-    while child.try_wait().expect("our child").is_none() {
-        kill(&child, rustix::process::Signal::INT);
-        std::thread::yield_now();
-    }
-    assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    assert_eq!(interrupted_until_it_ends(&mut child), Some(130));
     assert_eq!(children_left(&scratch), 0);
 }
 
@@ -278,12 +285,7 @@ fn the_third_interrupt_kills_what_ignores_two() {
         .spawn()
         .expect("it runs");
     until(&mut child, "up");
-    // Standard signals do not queue: the next is sent when the one before was taken.
-    while child.try_wait().expect("our child").is_none() {
-        kill(&child, rustix::process::Signal::INT);
-        std::thread::yield_now();
-    }
-    assert_eq!(child.wait().expect("it ends").code(), Some(130));
+    assert_eq!(interrupted_until_it_ends(&mut child), Some(130));
     assert_eq!(children_left(&scratch), 0);
 }
 

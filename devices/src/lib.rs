@@ -20,5 +20,5 @@ pub mod testing;
 pub mod virtio;
 pub mod vsock;
 
-/// The guest's memory: memfd-backed regions, shared by all of the VMM's threads.
+/// The guest's memory: regions shared by all of the VMM's threads.
 pub type GuestMemory = std::sync::Arc<vm_memory::GuestMemoryMmap<()>>;
