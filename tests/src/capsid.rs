@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 /// thirty times slower than a real one; a test that needs this long is hung.
 pub const RUN_TIMEOUT_S: u64 = 240;
 
-/// How often something of another process is looked at.
-const LOOK_STEP: Duration = Duration::from_millis(5);
+/// How often something of another process is looked at. An emulated host has one processor for the look and for what is looked
+/// at, and a look costs it milliseconds.
+const LOOK_STEP: Duration = Duration::from_millis(20);
 
 /// The code of `capsid` for what it refuses itself, as docker's.
 pub const REFUSED: i32 = 125;
@@ -334,25 +335,23 @@ impl Running {
     }
 }
 
-/// The VMM of the `capsid` with this process id.
+/// The VMM of the `capsid` with this process id: the child by that name of one of its threads (proc(5),
+/// /proc/PID/task/TID/children).
 pub fn vmm_of(capsid: i32) -> Option<Pid> {
-    for entry in fs::read_dir("/proc").ok()?.flatten() {
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<i32>() else {
-            continue;
-        };
-        let stat = fs::read_to_string(entry.path().join("stat")).unwrap_or_default();
-        let Some((head, after_comm)) = stat.rsplit_once(") ") else {
-            continue;
-        };
-        let parent = after_comm
-            .split(' ')
-            .nth(1)
-            .and_then(|ppid| ppid.parse().ok());
-        if parent == Some(capsid) && head.ends_with("(capsid-vmm") {
-            return Some(Pid::from_raw(pid));
-        }
-    }
-    None
+    let threads = fs::read_dir(format!("/proc/{capsid}/task")).ok()?;
+    let children: Vec<String> = threads
+        .flatten()
+        .filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok())
+        .collect();
+    children
+        .iter()
+        .flat_map(|line| line.split_whitespace())
+        .filter_map(|child| child.parse().ok())
+        .find(|child: &i32| {
+            fs::read_to_string(format!("/proc/{child}/comm"))
+                .is_ok_and(|name| name == "capsid-vmm\n")
+        })
+        .map(Pid::from_raw)
 }
 
 fn collect(mut pipe: impl Read + Send + 'static) -> mpsc::Receiver<Vec<u8>> {

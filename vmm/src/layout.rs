@@ -54,7 +54,7 @@ pub const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
 /// Three pages that KVM on Intel needs for a task state segment of its own (`KVM_SET_TSS_ADDR`).
 pub const KVM_TSS: u64 = 0xfffb_d000;
 
-/// The IOAPIC line of the serial port.
+/// The interrupt line of the serial port.
 pub const SERIAL_GSI: u32 = 4;
 /// First port of the serial port (COM1).
 pub const SERIAL_PORT: u64 = 0x3f8;

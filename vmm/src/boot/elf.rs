@@ -17,6 +17,8 @@ const EM_X86_64: u16 = 62;
 const ET_EXEC: u16 = 2;
 const PT_LOAD: u32 = 1;
 const PT_NOTE: u32 = 4;
+/// The segment is written to.
+const PF_W: u32 = 2;
 /// `XEN_ELFNOTE_PHYS32_ENTRY`: its descriptor is the 32-bit entry point.
 const PHYS32_ENTRY: u32 = 18;
 
@@ -31,6 +33,8 @@ pub(super) struct Segment {
     pub file_bytes: u64,
     /// Guest-physical range that it takes.
     pub guest: Range<u64>,
+    /// Whether the kernel says that it writes to it (`PF_W`).
+    pub writable: bool,
 }
 
 /// A kernel that can be loaded and entered.
@@ -46,6 +50,7 @@ pub(super) struct PvhKernel {
 
 struct ProgramHeader {
     kind: u32,
+    flags: u32,
     offset: u64,
     physical: u64,
     file_bytes: u64,
@@ -125,6 +130,7 @@ fn program_headers(image: &impl Image) -> Result<Vec<ProgramHeader>, BootError> 
 fn program_header(bytes: &[u8]) -> ProgramHeader {
     ProgramHeader {
         kind: u32::from_le_bytes(field(bytes, 0)),
+        flags: u32::from_le_bytes(field(bytes, 4)),
         offset: u64::from_le_bytes(field(bytes, 8)),
         physical: u64::from_le_bytes(field(bytes, 24)),
         file_bytes: u64::from_le_bytes(field(bytes, 32)),
@@ -171,6 +177,7 @@ fn segment(
         file_offset: header.offset,
         file_bytes: header.file_bytes,
         guest: header.physical..end,
+        writable: header.flags & PF_W != 0,
     }))
 }
 

@@ -203,7 +203,8 @@ fn load_initramfs(
 }
 
 /// Maps the whole pages of a segment and reads the rest. Reading all of a kernel costs the copy and a page of
-/// memory for each page of it, needed or not: a third of the time to the guest's first instruction.
+/// memory for each page of it, needed or not: a third of the time to the guest's first instruction. What the kernel writes to is
+/// read all the same: nearly each page of it becomes the guest's own, by two exits for each that is mapped.
 fn load_segment(
     memory: &GuestMemory,
     kernel: &File,
@@ -211,7 +212,7 @@ fn load_segment(
 ) -> Result<(), BootError> {
     let (offset, place) = (segment.file_offset, segment.guest.start);
     let on_pages = offset % PAGE_BYTES == 0 && place % PAGE_BYTES == 0;
-    let mapped = if on_pages {
+    let mapped = if on_pages && !segment.writable {
         segment.file_bytes & !(PAGE_BYTES - 1)
     } else {
         0

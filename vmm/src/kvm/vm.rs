@@ -98,7 +98,7 @@ impl Vm {
             .map_err(failed("KVM_IOEVENTFD"))
     }
 
-    /// Connects `event` to a line of the IOAPIC.
+    /// Connects `event` to a line of the 8259 and the IOAPIC.
     ///
     /// # Errors
     /// KVM refused.

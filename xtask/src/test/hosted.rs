@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::count::{Count, Reader, SHOW_OUTPUT};
 use crate::artifacts::{self, Artifacts};
@@ -286,6 +286,8 @@ struct Lines<W: Write> {
     person: W,
     reader: Reader,
     line: Vec<u8>,
+    /// When the last line ended. The tests of a run come one after the other, so this is when the one it prints next began.
+    since: Instant,
 }
 
 impl Tally {
@@ -305,6 +307,7 @@ impl Tally {
             person,
             reader: Reader::default(),
             line: Vec::new(),
+            since: Instant::now(),
         }
     }
 }
@@ -312,10 +315,22 @@ impl Tally {
 impl<W: Write> Lines<W> {
     fn pass_on(&mut self) -> io::Result<()> {
         let line = std::mem::take(&mut self.line);
+        let took = std::mem::replace(&mut self.since, Instant::now()).elapsed();
         let mut count = Count::default();
         let shown = self.reader.read_line(&line, &mut count);
         self.tally.add(count);
-        shown.map_or(Ok(()), |shown| self.person.write_all(&shown))
+        shown.map_or(Ok(()), |shown| self.person.write_all(&timed(&shown, took)))
+    }
+}
+
+/// The line of a test that passed, with how long it took; any other line as it is.
+fn timed(line: &[u8], took: Duration) -> Vec<u8> {
+    match line.strip_suffix(b" ... ok\n") {
+        Some(test) if test.starts_with(b"test ") => {
+            let seconds = format!(" ... ok in {:.1} s\n", took.as_secs_f64());
+            [test, seconds.as_bytes()].concat()
+        }
+        _ => line.to_vec(),
     }
 }
 
@@ -360,6 +375,18 @@ mod tests {
         }
         let count = tally.take();
         assert_eq!((count.passed, count.failed, count.skipped), (2, 0, 0));
+    }
+
+    #[test]
+    fn a_test_that_passed_says_how_long_it_took() {
+        let took = Duration::from_millis(1234);
+        assert_eq!(
+            timed(b"test a::b ... ok\n", took),
+            b"test a::b ... ok in 1.2 s\n"
+        );
+        for other in ["test a ... FAILED\n", "test a ... ok", "x ... ok\n", "\n"] {
+            assert_eq!(timed(other.as_bytes(), took), other.as_bytes());
+        }
     }
 
     #[test]
