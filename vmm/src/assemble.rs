@@ -262,7 +262,7 @@ fn configure_vcpus(
         vcpu.configure(leaves, (index == 0).then_some(entry))?;
         if index == 0 {
             let cpu = cpuid::signature(leaves);
-            let table = mptable::table(config.cpus.get(), cpu, config.serial.is_some());
+            let table = mptable::table(config.cpus.get(), cpu);
             let gdt: Vec<u8> = registers::gdt()
                 .iter()
                 .flat_map(|entry| entry.to_le_bytes())

@@ -11,6 +11,9 @@ const ALWAYS: &[&str] = &[
     // kvm-clock says what the TSC does; no watchdog has to find out.
     "tsc=reliable",
     "no_timer_check",
+    // There is none in the MP table (`arch/mptable.rs`), but only these words make Linux take the 8259's interrupts by LINT0, which is
+    // how the serial port's come (setup_local_APIC).
+    "noapic",
     // A guest of one CPU would take the lock prefixes out of its kernel at boot, 9,000 of them through a mapping of its own each
     // (alternatives_smp_unlock), and put them back for the second CPU: 5 of the 53 M instructions of a boot.
     "noreplace-smp",

@@ -10,8 +10,10 @@ use crate::cache::Key;
 use crate::command::{self, OnInterrupt, shown};
 use crate::testbed::saved::Context;
 
-/// The version whose configuration deny.toml is.
-const VERSION: &str = "0.20.2";
+/// The version that is built where none is installed: the last that Debian 13's compiler, our oldest, can build.
+const VERSION: &str = "0.18.3";
+/// The releases that understand deny.toml.
+const RELEASES: [&str; 3] = ["0.18.", "0.19.", "0.20."];
 
 /// Runs the checks.
 pub(super) fn run(context: &Context<'_>) -> Result<Count, Box<dyn Error>> {
@@ -45,12 +47,10 @@ pub(super) fn run(context: &Context<'_>) -> Result<Count, Box<dyn Error>> {
     Ok(count)
 }
 
-/// The program on the search path if it is the right one, else one of our own in the cache.
+/// The program on the search path if it understands our configuration, else one of our own in the cache.
 fn ensure(context: &Context<'_>) -> Result<PathBuf, Box<dyn Error>> {
     let installed = Command::new("cargo-deny").arg("--version").output();
-    if installed.is_ok_and(|output| {
-        String::from_utf8_lossy(&output.stdout).trim() == format!("cargo-deny {VERSION}")
-    }) {
+    if installed.is_ok_and(|output| understands(&String::from_utf8_lossy(&output.stdout))) {
         return Ok("cargo-deny".into());
     }
     let key = Key::builder().bytes("cargo-deny").bytes(VERSION).finish();
@@ -61,17 +61,47 @@ fn ensure(context: &Context<'_>) -> Result<PathBuf, Box<dyn Error>> {
                 .args([
                     "install",
                     "--locked",
+                    // It runs for seconds, and optimised takes three times as long to build.
+                    "--debug",
                     "--version",
                     VERSION,
                     "cargo-deny",
                     "--root",
                 ])
                 .arg(dir);
-            command.arg("--target-dir").arg(dir.join("target"));
+            command
+                .arg("--target-dir")
+                .arg(dir.join("target"))
+                .env("CARGO_PROFILE_DEV_DEBUG", "0");
             step.run(&mut command)?;
             std::fs::remove_dir_all(dir.join("target"))?;
             Ok(())
         })
     })?;
     Ok(dir.join("bin/cargo-deny"))
+}
+
+/// Whether a cargo-deny that says this of itself takes our configuration.
+fn understands(version: &str) -> bool {
+    let version = version.trim().strip_prefix("cargo-deny ");
+    version.is_some_and(|version| RELEASES.iter().any(|release| version.starts_with(release)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_version_that_is_built_is_one_of_those_taken() {
+        assert!(understands(&format!("cargo-deny {VERSION}\n")));
+        assert!(understands("cargo-deny 0.20.2"));
+        for other in [
+            "",
+            "cargo-deny 0.17.0",
+            "cargo-deny 0.180.1",
+            "cargo 0.18.3",
+        ] {
+            assert!(!understands(other), "{other}");
+        }
+    }
 }
