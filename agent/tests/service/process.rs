@@ -200,6 +200,31 @@ fn guest_hooks_run_and_a_failing_one_fails_the_start() {
     guest.delete("c2", "").expect("deleted");
 }
 
+#[test]
+fn a_create_container_hook_is_told_the_state_and_a_failing_one_fails_the_create() {
+    let guest = Guest::start();
+    let told = std::env::temp_dir().join(format!("create-container-{}", std::process::id()));
+    let line = format!("cat >{}", told.display());
+    let mut spec = guest.spec(&["true"]);
+    spec["hooks"]["createContainer"] =
+        serde_json::json!([{"path": "/bin/sh", "args": ["sh", "-c", line]}]);
+    guest.to_end("c1", &spec);
+    let state = std::fs::read(&told).expect("written by the hook");
+    std::fs::remove_file(&told).expect("removed");
+    let state: serde_json::Value = serde_json::from_slice(&state).expect("the OCI state");
+    assert_eq!(
+        (&state["id"], &state["status"]),
+        (&"c1".into(), &"creating".into())
+    );
+    spec["hooks"]["createContainer"][0]["args"][2] = "exit 1".into();
+    guest.create("c2", &spec).expect_err("the hook failed");
+    let again = guest.to_end("c2", &guest.spec(&["echo", "free"]));
+    assert_eq!(
+        again.stdout, "free\n",
+        "a failed create leaves its name free"
+    );
+}
+
 /// How many processes have `parent` as their parent, zombies included.
 fn children(parent: u32) -> usize {
     let entries = std::fs::read_dir("/proc").expect("mounted");

@@ -182,7 +182,7 @@ impl Drop for Machine {
 }
 
 /// QEMU's arguments. Paths and descriptors apart, `Boot` and `Resume` describe the same machine. One processor: with two,
-/// guests die of the emulator's own faults (`docs/decisions/0008-testbed-of-one-processor.md`). Without ERMS and FSRM kernels copy
+/// guests die of the emulator's own faults (`docs/decisions/0008-testbed-of-one-processor.md`). Without ERMS and its kind kernels copy
 /// and clear memory by words: the emulator executes a `rep movsb` byte by byte, where a real processor moves cache lines.
 pub fn arguments(
     mode: Mode,
@@ -210,7 +210,7 @@ pub fn arguments(
     );
     let mut line = Line::default();
     line.words("-nodefaults -no-user-config -display none -no-reboot");
-    line.words(&format!("-machine q35,memory-backend=memory -cpu max,-erms,-fsrm -smp 1 -accel tcg,thread=single{clock} -m {MEMORY_MIB}"));
+    line.words(&format!("-machine q35,memory-backend=memory -cpu max,-erms,-fsrm,-fzrm,-fsrs,-fsrc -smp 1 -accel tcg,thread=single{clock} -m {MEMORY_MIB}"));
     let size = format!("size={MEMORY_MIB}M");
     line.pair(
         "-object",
