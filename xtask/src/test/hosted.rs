@@ -47,8 +47,9 @@ const TESTBEDS_MAX: usize = 4;
 const SHARES_PER_TESTBED: usize = 4;
 /// Tests that take minutes where others take seconds. Each is a share of its own, and they begin first, so that no testbed is
 /// left alone with one at the end.
-const LONG: [&str; 3] = [
-    "volumes::a_hundred_thousand_files_are_listed_and_read",
+const LONG: [&str; 4] = [
+    "volumes::a_hundred_thousand_files_are_listed_and_the_first_half_is_read",
+    "volumes::a_hundred_thousand_files_are_listed_and_the_second_half_is_read",
     "run::thirty_two_cpus_come_up",
     "streams::a_quarter_gibibyte_goes_through_and_comes_back",
 ];
