@@ -19,6 +19,7 @@ pub mod progress;
 pub mod run;
 pub mod test;
 pub mod testbed;
+pub mod toolchain;
 
 use std::error::Error;
 

@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::command::{CommandError, end, query, shown};
 use crate::packages::{Package, PackagesError, any, ensure};
 use crate::progress::{LogError, Progress};
+use crate::toolchain::{self, ToolchainError};
 
 /// Explicit, so that the flags below do not reach build scripts.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -84,6 +85,9 @@ pub enum ProgramsError {
     /// What building needs is not there.
     #[error(transparent)]
     Packages(#[from] PackagesError),
+    /// Rust is too old.
+    #[error(transparent)]
+    Toolchain(#[from] ToolchainError),
     /// cargo said no.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -114,6 +118,7 @@ pub fn build(
     profile: Profile,
     programs: &[Program],
 ) -> Result<Vec<PathBuf>, ProgramsError> {
+    toolchain::ensure(progress)?;
     ensure(progress, "building the programs", &PACKAGES)?;
     let names = programs
         .iter()

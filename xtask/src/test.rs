@@ -22,6 +22,7 @@ use crate::place::Place;
 use crate::programs;
 use crate::progress::Progress;
 use crate::testbed::saved::Context;
+use crate::toolchain;
 use count::{Count, Reader, SHOW_OUTPUT};
 
 /// `cargo xtask test`
@@ -77,6 +78,7 @@ pub fn run(test: &Test, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
         .copied()
         .filter(|suite| test.suite.is_empty() || test.suite.contains(suite))
         .collect();
+    toolchain::ensure(&progress)?;
     tools::ensure(&progress, &suites)?;
     let mut count = Count::default();
     for suite in suites {

@@ -1,13 +1,13 @@
 //! Rust's formatter and lints, which are programs apart from cargo: packages of their own in Debian, components of a toolchain
 //! that rustup keeps. A toolchain of rustup's never gets Debian's, which are of another version.
 
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use super::Suite;
 use crate::command::{self, CommandError};
-use crate::packages::{self, Package, PackagesError, any};
+use crate::packages::{self, Package, PackagesError};
 use crate::progress::Progress;
+use crate::toolchain::{CLIPPY as CLIPPY_PACKAGE, RUSTFMT, is_debians_cargo};
 
 /// A subcommand of cargo that may be missing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -20,15 +20,13 @@ struct Tool {
 const FMT: Tool = Tool {
     subcommand: "fmt",
     component: "rustfmt",
-    package: any("rustfmt"),
+    package: RUSTFMT,
 };
 const CLIPPY: Tool = Tool {
     subcommand: "clippy",
     component: "clippy",
-    package: any("rust-clippy"),
+    package: CLIPPY_PACKAGE,
 };
-/// The Debian package of a cargo that takes its subcommands from Debian.
-const CARGO_PACKAGE: &str = "cargo";
 
 /// Why a subcommand is not there.
 #[derive(Debug, thiserror::Error)]
@@ -100,36 +98,6 @@ fn works(tool: Tool) -> Result<bool, CommandError> {
     Ok(status.success())
 }
 
-/// Whether the cargo on the search path is a file of Debian's package; rustup's is a link to rustup, in Debian's package of that
-/// too.
-fn is_debians_cargo() -> bool {
-    let Some(cargo) = on_path("cargo").and_then(|path| path.canonicalize().ok()) else {
-        return false;
-    };
-    let mut owner = Command::new("dpkg-query");
-    owner.arg("--search").arg(&cargo).stderr(Stdio::null());
-    // Without dpkg, no file is of a Debian package.
-    command::query(&mut owner)
-        .is_ok_and(|(_, output)| owns(&String::from_utf8_lossy(&output), &cargo))
-}
-
-fn on_path(program: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|dir| dir.join(program))
-        .find(|file| file.is_file())
-}
-
-/// `PACKAGE: PATH` or `PACKAGE:ARCHITECTURE: PATH`, one a line.
-fn owns(search: &str, path: &Path) -> bool {
-    search
-        .lines()
-        .filter_map(|line| line.split_once(": "))
-        .any(|(package, file)| {
-            package.split(':').next() == Some(CARGO_PACKAGE) && Path::new(file) == path
-        })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,16 +109,6 @@ mod tests {
             .filter_map(tool)
             .collect();
         assert_eq!(tools, [FMT, CLIPPY]);
-    }
-
-    #[test]
-    fn a_cargo_is_debians_when_debians_package_has_it() {
-        let cargo = Path::new("/usr/bin/cargo");
-        assert!(owns("cargo: /usr/bin/cargo\n", cargo));
-        assert!(owns("cargo:amd64: /usr/bin/cargo\n", cargo));
-        assert!(!owns("rustup: /usr/bin/cargo\n", cargo));
-        assert!(!owns("cargo: /usr/share/doc/cargo\n", cargo));
-        assert!(!owns("", cargo));
     }
 
     #[test]
