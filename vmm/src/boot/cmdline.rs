@@ -14,6 +14,9 @@ const ALWAYS: &[&str] = &[
     // There is none in the MP table (`arch/mptable.rs`), but only these words make Linux take the 8259's interrupts by LINT0, which is
     // how the serial port's come (setup_local_APIC).
     "noapic",
+    // Our vCPUs start in x2APIC mode (`arch/msr.rs`), in which Linux would address groups of CPUs by numbers that no MSI has room for,
+    // unless there is a remapper or it is told.
+    "x2apic_phys",
     // A guest of one CPU would take the lock prefixes out of its kernel at boot, 9,000 of them through a mapping of its own each
     // (alternatives_smp_unlock), and put them back for the second CPU: 5 of the 53 M instructions of a boot.
     "noreplace-smp",

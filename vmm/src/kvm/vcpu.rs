@@ -166,7 +166,7 @@ impl Vcpu {
         self.fd
             .set_cpuid2(&cpuid)
             .map_err(failed("KVM_SET_CPUID2"))?;
-        let msrs = msr::boot();
+        let msrs = msr::boot(entry.is_some());
         let list = Msrs::from_entries(&msrs).map_err(|_| KvmError::List)?;
         let set = self.fd.set_msrs(&list).map_err(failed("KVM_SET_MSRS"))?;
         if set != msrs.len() {

@@ -125,9 +125,10 @@ fn more_vcpus_start_on_the_start_up_interrupt() {
         .store32(0x8000, 0xb003_f8ba)
         .store32(0x8004, 0xebf4_ee41)
         .store32(0x8008, 0x0000_00fd)
-        .store32(0xfee0_00f0, 0x1ff)
-        .store32(0xfee0_0300, 0x000c_4500)
-        .store32(0xfee0_0300, 0x000c_4608)
+        // The local APIC in x2APIC mode: spurious-interrupt vector, then INIT and start-up at 0x8000 for all others.
+        .wrmsr(0x80f, 0x1ff)
+        .wrmsr(0x830, 0x000c_4500)
+        .wrmsr(0x830, 0x000c_4608)
         .halt();
     let mut vmm = Vmm::of(&code);
     vmm.cpus = 3;

@@ -65,6 +65,16 @@ impl Code {
         self
     }
 
+    /// Writes the low half of an MSR, and zero to the high one.
+    pub(crate) fn wrmsr(mut self, index: u32, value: u32) -> Code {
+        self.0.push(0xb9);
+        self.0.extend(index.to_le_bytes());
+        self.0.push(0xb8);
+        self.0.extend(value.to_le_bytes());
+        self.0.extend([0x31, 0xd2, 0x0f, 0x30]);
+        self
+    }
+
     /// `rep outsb` of `count` bytes at `address` to the serial port.
     pub(crate) fn outsb(mut self, address: u32, count: u32) -> Code {
         self.0.push(0xbe);
