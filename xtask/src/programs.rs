@@ -53,9 +53,7 @@ pub const DOOR: Program = Program {
 /// A test target of the workspace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TestBinary {
-    /// Its cargo package.
-    pub package: &'static str,
-    /// The name of its `[[test]]`.
+    /// The name of its `[[test]]`, which no other has.
     pub name: &'static str,
     /// The program of its package that it starts, at the path where cargo built it.
     pub program: Option<&'static str>,
@@ -149,11 +147,12 @@ pub fn build_test(
     test: TestBinary,
 ) -> Result<BuiltTest, ProgramsError> {
     let mut command = cargo(workspace, "test");
+    // The whole workspace, not the test's package: with fewer packages the crates that they share would have fewer features, and be
+    // built again.
     command.args([
         "--no-run",
         "--message-format=json-render-diagnostics",
-        "--package",
-        test.package,
+        "--workspace",
         "--test",
         test.name,
     ]);
@@ -204,13 +203,15 @@ fn cargo_build(workspace: &Path, profile: Profile, programs: &[Program]) -> Comm
     command
 }
 
-fn cargo(workspace: &Path, verb: &str) -> Command {
+/// cargo, to build for where the programs run.
+pub(crate) fn cargo(workspace: &Path, verb: &str) -> Command {
     let mut command = Command::new("cargo");
     command
         .args([verb, "--locked", "--target", TARGET])
         .current_dir(workspace);
     command
         .env("RUSTFLAGS", FLAGS)
+        .env("RUSTDOCFLAGS", FLAGS)
         .env("LIBSECCOMP_LINK_TYPE", "static")
         .env("LIBSECCOMP_LIB_PATH", LIBRARIES);
     // Set by the cargo that runs us, for us alone.

@@ -131,44 +131,23 @@ fn run_suite(context: &Context<'_>, test: &Test, suite: Suite) -> Result<Count, 
             crate::deps::run(context.workspace)? == ExitCode::SUCCESS,
         )),
         Suite::Deny => deny::run(context),
-        Suite::Clippy => check(&mut cargo(&[
-            "clippy",
-            "--locked",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ])),
-        Suite::Unit => {
-            // The whole-system tests of `capsid-tests` are a suite of their own.
-            let mut count = tests(
-                cargo(&[
-                    "test",
-                    "--locked",
-                    "--workspace",
-                    "--exclude",
-                    "capsid-tests",
-                ]),
-                &test.filters,
-            )?;
-            count.add(tests(
-                cargo(&[
-                    "test",
-                    "--locked",
-                    "--package",
-                    "capsid-tests",
-                    "--lib",
-                    "--bins",
-                ]),
-                &test.filters,
-            )?);
+        Suite::Clippy => {
+            let mut count = clippy(&cargo, &["--all-targets"])?;
+            // Not among "all": the tests whose manifest says that a plain `cargo test` does not run them.
+            count.add(clippy(&cargo, &["--test", "*"])?);
             Ok(count)
         }
+        Suite::Unit => tests(programs::cargo(context.workspace, "test"), &test.filters),
         Suite::Vmm => hosted::vmm(context, test.on, &test.filters),
         Suite::Service => hosted::service(context, &test.filters),
         Suite::System => hosted::system(context, test.on, &test.filters),
     }
+}
+
+/// The lints of some targets, each warning an error.
+fn clippy(cargo: &impl Fn(&[&str]) -> Command, targets: &[&str]) -> Result<Count, Box<dyn Error>> {
+    let mut command = cargo(&["clippy", "--locked", "--workspace"]);
+    check(command.args(targets).args(["--", "-D", "warnings"]))
 }
 
 /// A command that is one check: it passes by ending with 0.
@@ -182,7 +161,7 @@ fn check(command: &mut Command) -> Result<Count, Box<dyn Error>> {
 /// A run of `cargo test`, its tests counted as they are printed.
 fn tests(mut command: Command, filters: &[String]) -> Result<Count, Box<dyn Error>> {
     command
-        .args(["--no-fail-fast", "--", SHOW_OUTPUT])
+        .args(["--workspace", "--no-fail-fast", "--", SHOW_OUTPUT])
         .args(filters);
     eprintln!("           $ {}", shown(&command));
     command.stdin(Stdio::null()).stdout(Stdio::piped());

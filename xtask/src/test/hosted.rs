@@ -21,19 +21,16 @@ use crate::testbed::{self, Order};
 
 /// The whole-system tests.
 const SYSTEM: TestBinary = TestBinary {
-    package: "capsid-tests",
     name: "system",
     program: None,
 };
 /// The agent's tests: real containers on the host's own kernel, so always in the testbed.
 const SERVICE: TestBinary = TestBinary {
-    package: "capsid-agent",
     name: "service",
     program: None,
 };
 /// The VMM's tests: guests of a few bytes on a real KVM.
 const VMM: TestBinary = TestBinary {
-    package: "capsid-vmm",
     name: "program",
     program: Some("capsid-vmm"),
 };
@@ -49,7 +46,7 @@ const SHARES_PER_TESTBED: usize = 4;
 /// left alone with one at the end.
 const LONG: [&str; 4] = [
     "volumes::a_hundred_thousand_files_are_listed_and_the_first_half_is_read",
-    "volumes::a_hundred_thousand_files_are_listed_and_the_second_half_is_read",
+    "volumes::of_a_hundred_thousand_files_the_second_half_is_read",
     "run::thirty_two_cpus_come_up",
     "streams::a_quarter_gibibyte_goes_through_and_comes_back",
 ];
