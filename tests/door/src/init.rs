@@ -72,20 +72,11 @@ pub(crate) enum InitError {
     Containerd,
 }
 
-/// Whether a task that wakes takes the processor from the one that runs. There is one processor: each request of a guest would be
-/// two switches, and the emulator begins with empty caches after each.
-const WAKEUP_PREEMPTION: &str = "WAKEUP_PREEMPTION";
-const SCHEDULER_FEATURES: &str = "/sys/kernel/debug/sched/features";
-
 type Outcome<T = ()> = Result<T, InitError>;
 
 /// Sets the machine up, starts the door and reaps what is orphaned; returns only on failure.
 pub(crate) fn run() -> Outcome {
     mounts()?;
-    // The kernel passes on what it does not know of its command line.
-    if std::env::var_os(WAKEUP_PREEMPTION).is_some_and(|value| value == "no") {
-        write(SCHEDULER_FEATURES, "NO_WAKEUP_PREEMPTION")?;
-    }
     for module in MODULES {
         plain("modprobe", &[module])?;
     }
@@ -109,7 +100,6 @@ pub(crate) fn run() -> Outcome {
     let door = spawn(
         Command::new("/proc/self/exe")
             .arg("serve")
-            .env_remove(WAKEUP_PREEMPTION)
             .env("PATH", PATH),
     )?;
     drop(door);

@@ -191,10 +191,9 @@ pub fn arguments(
     console: &Path,
     [door, qmp]: &[String; 2],
 ) -> Vec<String> {
-    let (clock, scheduler) = match mode {
-        Mode::Plain => ("", " WAKEUP_PREEMPTION=no"),
-        // What is measured is measured with the scheduler as users have it.
-        Mode::Metered => (" -icount shift=0,sleep=off", ""),
+    let clock = match mode {
+        Mode::Plain => "",
+        Mode::Metered => " -icount shift=0,sleep=off",
     };
     let (sharing, keeping, incoming) = match start {
         Start::Boot => ("share=on", "", ""),
@@ -219,7 +218,7 @@ pub fn arguments(
     );
     line.pair("-kernel", files.kernel.to_string_lossy());
     line.pair("-initrd", files.initrd.to_string_lossy());
-    line.pair("-append", format!("{KERNEL_COMMAND_LINE}{scheduler}"));
+    line.pair("-append", KERNEL_COMMAND_LINE);
     line.pair(
         "-chardev",
         format!("file,id=console,path={}", escaped(console)),
