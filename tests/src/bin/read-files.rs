@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::sync::Mutex;
 use std::thread;
 
-/// As many requests as the share may have to serve at once.
+/// So many requests are in flight at once.
 const THREADS: usize = 16;
 /// Longest content, in bytes; a file that has more does not hold what it should.
 const CONTENT_MAX_BYTES: usize = 64;
@@ -59,8 +59,7 @@ fn read_all(directory: &Path, content: &[u8]) -> io::Result<usize> {
     })
 }
 
-/// How many files of one directory hold `content`. Each is read right after the directory was listed, so that the guest still
-/// believes what it was told of them, which is for a second.
+/// How many files of one directory hold `content`.
 fn read_directory(directory: &Path, content: &[u8]) -> io::Result<usize> {
     let mut good = 0;
     for entry in fs::read_dir(directory)? {

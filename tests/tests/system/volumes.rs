@@ -10,11 +10,11 @@ use std::time::Duration;
 
 /// Files that are listed and read.
 const MANY_FILES: usize = 100_000;
-/// So few that they may be read within a second.
+/// Files in each of the directories, which are what the readers share out among themselves.
 const FILES_PER_DIRECTORY: usize = 100;
 /// What is in each.
 const CONTENT: &str = "0123456789";
-/// How long that may take: each file is three requests, and each of these costs an emulated host one to three milliseconds.
+/// How long that may take: each file is three or four requests, and each of these costs an emulated host one to three milliseconds.
 const MANY_FILES_LIMIT: Duration = Duration::from_secs(30 * 60);
 
 #[test]
