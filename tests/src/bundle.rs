@@ -15,7 +15,19 @@ impl Scratch {
     /// # Panics
     /// It cannot be made.
     pub fn new(name: &str) -> Scratch {
-        let path = Path::new("/var/tmp").join(format!("capsid-test-{name}-{}", std::process::id()));
+        Scratch::below("/var/tmp", name)
+    }
+
+    /// A new empty directory on a file system that is only in memory.
+    ///
+    /// # Panics
+    /// It cannot be made.
+    pub fn in_memory(name: &str) -> Scratch {
+        Scratch::below("/dev/shm", name)
+    }
+
+    fn below(directory: &str, name: &str) -> Scratch {
+        let path = Path::new(directory).join(format!("capsid-test-{name}-{}", std::process::id()));
         fs::create_dir_all(&path).expect("a directory for the test");
         Scratch(path)
     }

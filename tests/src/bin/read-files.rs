@@ -34,15 +34,13 @@ fn main() -> ExitCode {
 }
 
 fn read_all(directory: &Path, content: &[u8]) -> io::Result<usize> {
-    let directories: Vec<PathBuf> = fs::read_dir(directory)?
-        .map(|entry| Ok(entry?.path()))
-        .collect::<io::Result<_>>()?;
-    let queue = Mutex::new(directories.into_iter());
-    let next = || queue.lock().ok()?.next();
+    let files = Mutex::new(files_below(directory)?);
+    // Held while one directory is listed, so that its files are read next, while the guest still knows their names.
+    let next = || files.lock().ok()?.next();
     let reader = || -> io::Result<usize> {
         let mut good = 0;
-        while let Some(directory) = next() {
-            good += read_directory(&directory, content)?;
+        while let Some(file) = next() {
+            good += usize::from(holds(&file?, content)?);
         }
         Ok(good)
     };
@@ -59,13 +57,26 @@ fn read_all(directory: &Path, content: &[u8]) -> io::Result<usize> {
     })
 }
 
-/// How many files of one directory hold `content`.
-fn read_directory(directory: &Path, content: &[u8]) -> io::Result<usize> {
-    let mut good = 0;
-    for entry in fs::read_dir(directory)? {
-        let mut bytes = [0; CONTENT_MAX_BYTES];
-        let length = File::open(entry?.path())?.read(&mut bytes)?;
-        good += usize::from(bytes.get(..length) == Some(content));
-    }
-    Ok(good)
+/// The files of each directory in `directory`, one directory listed after the other.
+fn files_below(directory: &Path) -> io::Result<impl Iterator<Item = io::Result<PathBuf>>> {
+    let directories = paths(directory)?;
+    Ok(directories.flat_map(|directory| {
+        let (listed, error) = match directory.and_then(paths) {
+            Ok(listed) => (Some(listed), None),
+            Err(error) => (None, Some(Err(error))),
+        };
+        listed.into_iter().flatten().chain(error)
+    }))
+}
+
+fn paths(directory: impl AsRef<Path>) -> io::Result<impl Iterator<Item = io::Result<PathBuf>>> {
+    let entries = fs::read_dir(directory)?;
+    Ok(entries.map(|entry| Ok(entry?.path())))
+}
+
+/// Whether a file holds `content` and nothing else.
+fn holds(file: &Path, content: &[u8]) -> io::Result<bool> {
+    let mut bytes = [0; CONTENT_MAX_BYTES];
+    let length = File::open(file)?.read(&mut bytes)?;
+    Ok(bytes.get(..length) == Some(content))
 }

@@ -69,6 +69,19 @@ fn cpus_and_memory_are_what_was_asked_for() {
 }
 
 #[test]
+fn memory_goes_on_above_the_hole_for_devices() {
+    // 3 GiB below the hole, 512 MiB from 4 GiB on; Linux calls the latter its zone Normal and takes memory from there first.
+    let ended = sh(
+        &["--memory", "3584M"],
+        "awk '/zone +Normal/ {normal = 1} normal && /present/ {print $2; exit}' /proc/zoneinfo; \
+         head -c 33554432 /dev/urandom > /there && cp /there /again && cmp /there /again && echo same",
+    )
+    .wait();
+    ended.exits(0);
+    assert_eq!(ended.text(), format!("{}\nsame\n", (512 << 20) / 4096));
+}
+
+#[test]
 fn the_least_memory_that_a_vm_has_is_enough_for_a_command() {
     let ended = run(&["--memory", "64m"], &["true"]).wait();
     ended.exits(0);

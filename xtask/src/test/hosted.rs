@@ -38,7 +38,7 @@ const VMM: TestBinary = TestBinary {
 /// that were skipped are told apart.
 const HARNESS_FLAGS: [&str; 2] = ["--test-threads=1", SHOW_OUTPUT];
 
-/// So many testbeds at once at most: each takes 3 GiB of memory.
+/// So many testbeds at once at most: each takes up to 4 GiB of memory.
 const TESTBEDS_MAX: usize = 4;
 /// Into so many pieces the tests of each testbed are cut: each starts from the saved state, which takes two seconds.
 const SHARES_PER_TESTBED: usize = 4;

@@ -17,8 +17,8 @@ use crate::testbed::qmp::{Qmp, QmpError};
 
 /// The program, of Debian's `qemu-system-x86`.
 pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
-/// Memory of the emulated host.
-const MEMORY_MIB: u32 = 3072;
+/// Memory of the emulated host: room for a guest whose memory goes on above the hole at 3 GiB.
+const MEMORY_MIB: u32 = 4096;
 /// How much of the console an error shows.
 const CONSOLE_TAIL_MAX_LINES: usize = 20;
 
