@@ -3,10 +3,11 @@
 use capsid_tests::bundle::Scratch;
 use capsid_tests::ledger::Ledger;
 use std::fs;
+use std::io::{Read, Write};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 
 /// The name of whatever is leaked.
 const NAME: &str = "capsid-leak";
@@ -28,12 +29,24 @@ enum Leak {
 }
 
 impl Leak {
-    /// A process with a name that is ours: the kernel takes it from the path that was executed.
+    /// A process with a name that is ours: the kernel takes it from the path that was executed. It does so after it has let
+    /// the parent go on, so this waits until the program itself answers.
     fn process() -> Leak {
         let scratch = Scratch::new("leak");
         let program = scratch.path().join(NAME);
-        symlink("/bin/sleep", &program).expect("a link");
-        let child = Command::new(&program).arg("1000").spawn().expect("sleep");
+        symlink("/bin/cat", &program).expect("a link");
+        let mut child = Command::new(&program)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("cat");
+        let (question, answer) = (child.stdin.as_mut(), child.stdout.as_mut());
+        question.expect("piped").write_all(b"?").expect("it reads");
+        let mut byte = [0];
+        answer
+            .expect("piped")
+            .read_exact(&mut byte)
+            .expect("it writes");
         Leak::Process {
             child,
             _program: scratch,
