@@ -6,6 +6,7 @@
 // An index or a range that came from the guest must meet `get`, not a panic (CH#7917).
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
+pub mod blk;
 pub mod bus;
 pub mod event;
 pub mod fs;

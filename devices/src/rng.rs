@@ -35,7 +35,8 @@ pub struct Rng {
 
 struct Server {
     memory: GuestMemory,
-    kick: Arc<EventFd>,
+    /// Gone after a reset: an event that is being delivered then may be of the next activation.
+    kick: Option<Arc<EventFd>>,
     interrupt: Arc<dyn Interrupt>,
     /// Gone after a reset and after the driver broke it.
     queue: Option<ActiveQueue>,
@@ -74,7 +75,7 @@ impl VirtioDevice for Rng {
         let kick = queue.kick.as_raw_fd();
         let server = Arc::new(Mutex::new(Server {
             memory: activation.memory,
-            kick: Arc::clone(&queue.kick),
+            kick: Some(Arc::clone(&queue.kick)),
             interrupt: activation.interrupt,
             queue: Some(queue),
         }));
@@ -97,7 +98,9 @@ impl VirtioDevice for Rng {
             // Waits for a kick that is being served; after it nothing touches guest memory.
             let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
             server.queue = None;
-            self.event_loop.forget(server.kick.as_raw_fd());
+            if let Some(kick) = server.kick.take() {
+                self.event_loop.forget(kick.as_raw_fd());
+            }
         }
         Ok(())
     }
@@ -107,7 +110,9 @@ impl Subscriber for Server {
     fn ready(&mut self, _token: u64, _readiness: Readiness) {
         // Takes the event away, also of a broken queue, or the loop would spin on it (B2.11). An empty counter
         // means that another turn has taken it.
-        let _ = self.kick.read();
+        if let Some(kick) = &self.kick {
+            let _ = kick.read();
+        }
         let Some(queue) = &mut self.queue else {
             return;
         };

@@ -16,6 +16,12 @@ pub const CONFIG_MAX_BYTES: usize = 64 * 1024;
 pub const CMDLINE_MAX_BYTES: usize = 1024;
 /// Most virtio-fs shares of one VM.
 pub const SHARES_MAX: usize = 8;
+/// Most disks of one VM.
+pub const DISKS_MAX: usize = 64;
+/// Most request queues of one disk.
+pub const DISK_QUEUES_MAX: u8 = 16;
+/// Longest id of a disk, in bytes.
+pub const DISK_ID_MAX_BYTES: usize = 20;
 /// Most host ports that a guest may be allowed to dial.
 pub const GUEST_DIAL_MAX: usize = 8;
 
@@ -152,6 +158,9 @@ pub struct MachineConfig {
     /// The virtio-fs devices.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub shares: Vec<ShareConfig>,
+    /// The block devices, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub disks: Vec<DiskConfig>,
     /// Where the guest's serial port writes; absent: only into the VMM's ring. With it the guest gets a
     /// console on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -192,6 +201,27 @@ pub struct ShareConfig {
     pub tag: String,
     /// A detached mount tree (`open_tree(2)` with `OPEN_TREE_CLONE`): the root of the share.
     pub tree_fd: FdNumber,
+}
+
+/// One block device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// A regular file or a block device, open for reading, and for writing unless `read_only`. Raw: nobody looks at what is
+    /// in it. The owner sees to it that no other VM writes it.
+    pub fd: FdNumber,
+    /// What the guest knows the disk by: 1 to 20 of `[A-Za-z0-9_.-]`, each only once.
+    pub id: String,
+    /// The guest may not change it.
+    #[serde(default)]
+    pub read_only: bool,
+    /// Request queues, 1 to 16.
+    #[serde(default = "one_queue")]
+    pub queues: u8,
+}
+
+fn one_queue() -> u8 {
+    1
 }
 
 /// Where the serial port writes.
@@ -245,7 +275,15 @@ pub enum ConfigError {
     /// Tag empty, too long or used twice.
     #[error("share tag {0:?} is empty, longer than 36 bytes or used twice")]
     Tag(String),
-    /// Too many shares or ports.
+    /// Disk id outside its alphabet or length, or used twice.
+    #[error(
+        "disk id {0:?} is not 1 to {DISK_ID_MAX_BYTES} characters of [A-Za-z0-9_.-], or used twice"
+    )]
+    DiskId(String),
+    /// Queues out of range.
+    #[error("{0} queues: a disk has 1 to {DISK_QUEUES_MAX}")]
+    DiskQueues(u8),
+    /// Too many shares, disks or ports.
     #[error("{what}: {count} entries, at most {max}")]
     TooMany {
         /// The field.
@@ -296,6 +334,7 @@ impl MachineConfig {
         fds.extend(self.initramfs_fd);
         fds.extend(self.vsock.as_ref().map(|vsock| vsock.owner_fd));
         fds.extend(self.shares.iter().map(|share| share.tree_fd));
+        fds.extend(self.disks.iter().map(|disk| disk.fd));
         fds.extend(self.serial.map(|serial| serial.fd));
         fds.extend(self.report_fd);
         fds
@@ -315,6 +354,7 @@ impl MachineConfig {
         }
         self.check_vsock()?;
         self.check_shares()?;
+        self.check_disks()?;
         if self.jail.uid == 0 || self.jail.gid == 0 {
             return Err(ConfigError::JailRoot);
         }
@@ -348,6 +388,21 @@ impl MachineConfig {
             let tag = share.tag.as_str();
             if tag.is_empty() || tag.len() > 36 || tag.contains('\0') || !tags.insert(tag) {
                 return Err(ConfigError::Tag(share.tag.clone()));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_disks(&self) -> Result<(), ConfigError> {
+        at_most("disks", self.disks.len(), DISKS_MAX)?;
+        let mut ids = BTreeSet::new();
+        for disk in &self.disks {
+            let id = disk.id.as_str();
+            if !is_id(id) || id.len() > DISK_ID_MAX_BYTES || !ids.insert(id) {
+                return Err(ConfigError::DiskId(disk.id.clone()));
+            }
+            if !(1..=DISK_QUEUES_MAX).contains(&disk.queues) {
+                return Err(ConfigError::DiskQueues(disk.queues));
             }
         }
         Ok(())
@@ -467,6 +522,38 @@ mod tests {
             }))
             .contains("used twice")
         );
+    }
+
+    #[test]
+    fn disks_that_a_vm_cannot_have_are_refused() {
+        let disk = |id: &str, fd: i64| DiskConfig {
+            fd: FdNumber::try_from(fd).expect("a number"),
+            id: id.into(),
+            read_only: false,
+            queues: 1,
+        };
+        for id in ["", "a/b", "123456789012345678901"] {
+            assert!(refused(|c| c.disks.push(disk(id, 9))).contains("disk id"));
+        }
+        let twice = refused(|c| c.disks.extend([disk("data", 9), disk("data", 10)]));
+        assert!(twice.contains("used twice"), "{twice}");
+        assert_eq!(
+            refused(|c| c.disks.push(disk("data", 3))),
+            "fd 3 is named twice"
+        );
+        for queues in [0, 17] {
+            let many = DiskConfig {
+                queues,
+                ..disk("data", 9)
+            };
+            assert!(refused(|c| c.disks.push(many)).contains("a disk has 1 to 16"));
+        }
+        let all = || (0..=DISKS_MAX).map(|n| disk(&format!("disk-{n}"), 9 + n as i64));
+        assert!(refused(|c| c.disks.extend(all())).contains("at most 64"));
+        let mut config = example();
+        config.disks.extend(all().take(DISKS_MAX));
+        let json = config.to_json().expect("valid");
+        assert_eq!(MachineConfig::from_json(&json).expect("valid"), config);
     }
 
     proptest! {

@@ -9,3 +9,4 @@ pub mod bundle;
 pub mod capsid;
 pub mod ledger;
 pub mod pty;
+pub mod vmm;

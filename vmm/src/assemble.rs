@@ -21,13 +21,15 @@ use crate::record::Phases;
 use crate::seccomp::{self, Filter, FilterError, ThreadKind};
 use crate::vcpus::{Vcpus, VcpusError};
 use capsid_devices::GuestMemory;
+use capsid_devices::blk::{self, Disk, DiskError, DiskIo, DiskSetup, EngineKind};
 use capsid_devices::event::Poller;
 use capsid_devices::fs::{FD_BUDGET_MIN, ShareError, ShareSetup, spawn_share_threads};
 use capsid_devices::rng::Rng;
 use capsid_protocol::exit::VmmExit;
-use capsid_protocol::machine::MachineConfig;
+use capsid_protocol::machine::{self, MachineConfig};
 use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm};
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -37,7 +39,16 @@ use vm_memory::{Bytes, GuestAddress};
 /// connections and for the VMM itself.
 const SHARE_FDS_MAX: usize = 12 * 1024;
 
+/// PCI functions besides disks and shares: pvpanic, rng, vsock.
+const ALWAYS_FUNCTIONS: usize = 3;
+
 const _: () = assert!(SHARE_FDS_MAX < jail::OPEN_FILES_MAX as usize);
+// The configuration admits what the devices take.
+const _: () = {
+    assert!(machine::DISKS_MAX == blk::DISKS_MAX);
+    assert!(machine::DISK_QUEUES_MAX == blk::DISK_QUEUES_MAX);
+    assert!(machine::DISK_ID_MAX_BYTES == blk::DISK_ID_BYTES);
+};
 
 /// Why a machine could not be put together.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +80,15 @@ pub enum AssembleError {
     /// A share.
     #[error(transparent)]
     Share(#[from] ShareError),
+    /// A disk.
+    #[error("disk {id:?} cannot be used")]
+    Disk {
+        /// Its id.
+        id: String,
+        /// Why.
+        #[source]
+        cause: DiskError,
+    },
     /// The owner channel and its vsock device.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -91,9 +111,10 @@ impl AssembleError {
             AssembleError::Kvm(_) => VmmExit::KvmUnavailable,
             AssembleError::Boot(_) => VmmExit::BadKernel,
             AssembleError::Channel(error) => error.exit(),
-            AssembleError::Host { .. } | AssembleError::Board(_) | AssembleError::Share(_) => {
-                VmmExit::Device
-            }
+            AssembleError::Host { .. }
+            | AssembleError::Board(_)
+            | AssembleError::Share(_)
+            | AssembleError::Disk { .. } => VmmExit::Device,
             AssembleError::Jail(_)
             | AssembleError::Filter(_)
             | AssembleError::Vcpus(VcpusError::Filter(_)) => VmmExit::Jail,
@@ -132,7 +153,8 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
 
     let ends = Ends::new().map_err(host("make the eventfd of the end"))?;
     let poller = Arc::new(Poller::new().map_err(host("make the event loop"))?);
-    let mut board = Board::new(&vm, &memory);
+    let functions = ALWAYS_FUNCTIONS + config.disks.len() + config.shares.len();
+    let mut board = Board::new(&vm, &memory, functions);
     let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
     board.add_pvpanic(&ends)?;
     board.add_virtio("virtio-rng", Box::new(Rng::new(poller.clone())))?;
@@ -146,6 +168,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         }
         _ => None,
     };
+    let disks = add_disks(&mut board, config, inherited.disks, &poller)?;
     add_shares(&mut board, config, inherited.shares)?;
     let (buses, virtio) = board.finish()?;
     phases.ended("devices");
@@ -167,6 +190,9 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let own_filter = seccomp::compile(ThreadKind::Main)?;
     let dies_with_parent = config.vsock.is_none().then_some(parent);
     jail::enter(config.jail, dies_with_parent)?;
+    if let Some(disks) = disks {
+        start_disks(&disks)?;
+    }
     let vcpus = Vcpus::start(vcpus, &buses, &ends, phases, &filter)?;
     confine_main(&own_filter)?;
     phases.ended("jail");
@@ -181,6 +207,42 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
         phases: phases.clone(),
     })
+}
+
+/// Puts a device for each disk on the board.
+fn add_disks(
+    board: &mut Board<'_>,
+    config: &MachineConfig,
+    files: Vec<File>,
+    poller: &Arc<Poller>,
+) -> Result<Option<Arc<DiskIo>>, AssembleError> {
+    if files.is_empty() {
+        return Ok(None);
+    }
+    let io = DiskIo::new(EngineKind::Best, poller.as_ref())
+        .map_err(host("make the event of the disks"))?;
+    for (disk, file) in config.disks.iter().zip(files) {
+        let setup = DiskSetup {
+            file,
+            read_only: disk.read_only,
+            queues: disk.queues,
+            id: disk.id.clone(),
+        };
+        let device = Disk::new(setup, io.clone(), poller.clone()).map_err(|cause| {
+            let id = disk.id.clone();
+            AssembleError::Disk { id, cause }
+        })?;
+        board.add_virtio("virtio-blk", Box::new(device))?;
+    }
+    Ok(Some(io))
+}
+
+/// Starts the threads of the disks, where the host has no ring; inside the jail, which they inherit.
+fn start_disks(io: &DiskIo) -> Result<(), AssembleError> {
+    let filter = seccomp::compile(ThreadKind::Disk)?;
+    let seal: blk::Seal = Arc::new(move || seccomp::confine(&filter).map_err(io::Error::other));
+    io.start(&seal)
+        .map_err(host("start the threads of the disks"))
 }
 
 /// Starts the threads of each share, which confine themselves here and now, and puts its device on the board.

@@ -1,5 +1,5 @@
-//! The board: the guest's buses and the devices on them. PCI slots are given out in the order of the calls, each
-//! with a window of its own for its BAR.
+//! The board: the guest's buses and the devices on them. PCI places are given out in the order of the calls, which is the order
+//! in which Linux finds them, each with a window of its own for its BAR.
 
 use crate::end::Ends;
 use crate::kvm::KvmError;
@@ -13,7 +13,8 @@ use capsid_devices::bus::{Bus, BusDevice, BusError};
 use capsid_devices::event::Poller;
 use capsid_devices::i8042::{I8042, I8042_PORT, I8042_PORT_BYTES};
 use capsid_devices::pci::{
-    CONFIG_PORT, CONFIG_PORT_BYTES, LayoutError, PciFunction, PciRoot, SlotError,
+    CONFIG_PORT, CONFIG_PORT_BYTES, FUNCTIONS, LayoutError, PciFunction, PciRoot, Place,
+    PlaceError, SLOTS,
 };
 use capsid_devices::pvpanic::{PVPANIC_BAR_BYTES, PvPanic};
 use capsid_devices::serial::{SERIAL_IRQ, SERIAL_PORT, SERIAL_PORT_BYTES, Serial};
@@ -24,12 +25,12 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Guest-physical address space that each PCI slot gets for its BAR, in bytes.
-const SLOT_WINDOW_BYTES: u64 = 0x8000;
+/// Guest-physical address space that each PCI function gets for its BAR, in bytes.
+const WINDOW_BYTES: u64 = 0x8000;
 
 const _: () = {
-    assert!(BAR_BYTES as u64 <= SLOT_WINDOW_BYTES && PVPANIC_BAR_BYTES as u64 <= SLOT_WINDOW_BYTES);
-    assert!(32 * SLOT_WINDOW_BYTES <= layout::PCI_WINDOW_BYTES);
+    assert!(BAR_BYTES as u64 <= WINDOW_BYTES && PVPANIC_BAR_BYTES as u64 <= WINDOW_BYTES);
+    assert!((SLOTS * FUNCTIONS) as u64 * WINDOW_BYTES <= layout::PCI_WINDOW_BYTES);
     assert!(CONFIG_PORT == layout::PCI_ADDRESS_PORT);
     assert!(SERIAL_PORT == layout::SERIAL_PORT && SERIAL_IRQ == layout::SERIAL_GSI);
 };
@@ -46,9 +47,9 @@ pub enum BoardError {
     /// Two devices in one place; a defect of the layout.
     #[error("cannot place a device on its bus")]
     Bus(#[from] BusError),
-    /// A slot taken twice; a defect.
+    /// A place taken twice, or more devices than places.
     #[error("cannot place a device on the PCI bus")]
-    Slot(#[from] SlotError),
+    Place(#[from] PlaceError),
     /// A device's configuration space; a defect.
     #[error("cannot lay out a PCI device")]
     Layout(#[from] LayoutError),
@@ -64,20 +65,24 @@ pub struct Board<'a> {
     port: Bus,
     mmio: Bus,
     pci: Arc<PciRoot>,
-    next_slot: u8,
+    /// Functions placed so far.
+    placed: usize,
+    /// How many go into one slot.
+    per_slot: usize,
     virtio: Vec<Arc<VirtioPci>>,
 }
 
 impl<'a> Board<'a> {
-    /// An empty board of `vm`.
-    pub fn new(vm: &'a Vm, memory: &'a GuestMemory) -> Board<'a> {
+    /// An empty board of `vm`, for so many PCI functions.
+    pub fn new(vm: &'a Vm, memory: &'a GuestMemory, functions: usize) -> Board<'a> {
         Board {
             vm,
             memory,
             port: Bus::new(),
             mmio: Bus::new(),
             pci: Arc::new(PciRoot::new()),
-            next_slot: 1,
+            placed: 0,
+            per_slot: per_slot(functions),
             virtio: Vec::new(),
         }
     }
@@ -111,10 +116,10 @@ impl<'a> Board<'a> {
     /// # Errors
     /// See [`BoardError`].
     pub fn add_pvpanic(&mut self, ends: &Ends) -> Result<(), BoardError> {
-        let (slot, address) = self.slot();
+        let (place, address) = self.place();
         let pvpanic = Arc::new(PvPanic::new(address, machine_events(ends.clone()))?);
         self.add_function(
-            slot,
+            place,
             address,
             u64::from(PVPANIC_BAR_BYTES),
             pvpanic.clone(),
@@ -131,7 +136,7 @@ impl<'a> Board<'a> {
         name: &'static str,
         device: Box<dyn VirtioDevice>,
     ) -> Result<(), BoardError> {
-        let (slot, address) = self.slot();
+        let (place, address) = self.place();
         // One vector a queue and one for the configuration.
         let vectors = device.queue_sizes().len() as u16 + 1;
         let routes = Arc::new(Messages::new(self.vm.clone(), vectors));
@@ -142,7 +147,7 @@ impl<'a> Board<'a> {
         let transport = Arc::new(transport);
         self.virtio.push(Arc::clone(&transport));
         self.add_function(
-            slot,
+            place,
             address,
             u64::from(BAR_BYTES),
             transport.clone(),
@@ -152,23 +157,21 @@ impl<'a> Board<'a> {
 
     fn add_function(
         &mut self,
-        slot: u8,
+        place: Place,
         address: u64,
         bytes: u64,
         function: Arc<dyn PciFunction>,
         bar: Arc<dyn BusDevice>,
     ) -> Result<(), BoardError> {
         self.mmio.insert(address, bytes, bar)?;
-        Ok(self.pci.insert(slot, function)?)
+        Ok(self.pci.insert(place, function)?)
     }
 
-    fn slot(&mut self) -> (u8, u64) {
-        let slot = self.next_slot;
-        self.next_slot += 1;
-        (
-            slot,
-            layout::PCI_WINDOW + u64::from(slot) * SLOT_WINDOW_BYTES,
-        )
+    fn place(&mut self) -> (Place, u64) {
+        let place = place(self.placed, self.per_slot);
+        self.placed += 1;
+        let window = self.placed as u64 * WINDOW_BYTES;
+        (place, layout::PCI_WINDOW + window)
     }
 
     /// The buses, with all that was put on them, and the virtio devices once more, to be asked what went wrong.
@@ -182,5 +185,33 @@ impl<'a> Board<'a> {
             mmio: self.mmio,
         };
         Ok((Arc::new(buses), self.virtio))
+    }
+}
+
+/// How many of `functions` go into one slot: one as long as there are slots, since a guest looks at all functions of a slot that
+/// has a second one.
+fn per_slot(functions: usize) -> usize {
+    if functions < SLOTS { 1 } else { FUNCTIONS }
+}
+
+/// Where the `number`th function goes. Slot 0 is the host bridge's. One beyond the last is no place, and the bus refuses it.
+fn place(number: usize, per_slot: usize) -> Place {
+    Place {
+        slot: u8::try_from(1 + number / per_slot).unwrap_or(u8::MAX),
+        function: (number % per_slot) as u8,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn functions_are_placed_in_the_order_in_which_they_are_found() {
+        let at = |slot, function| Place { slot, function };
+        assert_eq!((place(0, 1), place(30, 1)), (at(1, 0), at(31, 0)));
+        assert_eq!((place(7, 8), place(8, 8)), (at(1, 7), at(2, 0)));
+        assert_eq!((place(247, 8), place(248, 8)), (at(31, 7), at(32, 0)));
+        assert_eq!((per_slot(31), per_slot(32)), (1, 8));
     }
 }

@@ -50,6 +50,8 @@ pub struct Inherited {
     pub owner: Option<OwnedFd>,
     /// The trees of the shares, in the order of the configuration.
     pub shares: Vec<OwnedFd>,
+    /// The files of the disks, in the order of the configuration.
+    pub disks: Vec<File>,
     /// Where the serial port writes.
     pub serial: Option<OwnedFd>,
     /// Where the report goes.
@@ -75,6 +77,17 @@ pub fn empty_environment() {
         }
         libc::clearenv();
     }
+}
+
+/// Makes all threads share one heap. With one for each, glibc opens `/proc/sys/vm/overcommit_memory` on the thread that first
+/// gives memory of its heap back (malloc/arena.c, check_may_shrink_heap), which no filter of ours allows; and each heap costs
+/// memory.
+///
+/// To be called once, first of all, while the process has one thread.
+pub fn one_heap() {
+    // SAFETY: sets a number inside glibc, before there is a second thread.
+    let set = unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
+    debug_assert_eq!(set, 1, "glibc knows M_ARENA_MAX");
 }
 
 /// Reads the configuration from `config_fd`, takes every fd that it names, and closes all others but 0, 1, 2.
@@ -104,12 +117,16 @@ pub fn take(config_fd: RawFd) -> Result<Inherited, InheritError> {
 
     let owner = config.vsock.as_ref().map(|vsock| vsock.owner_fd);
     let shares = config.shares.iter();
+    let disks = config.disks.iter();
     Ok(Inherited {
         kernel: File::from(own("kernel_fd", config.kernel_fd)?),
         initramfs: own_some("initramfs_fd", config.initramfs_fd)?.map(File::from),
         owner: own_some("owner_fd", owner)?,
         shares: shares
             .map(|share| own("tree_fd", share.tree_fd))
+            .collect::<Result<_, _>>()?,
+        disks: disks
+            .map(|disk| own("disk fd", disk.fd).map(File::from))
             .collect::<Result<_, _>>()?,
         serial: own_some("serial fd", config.serial.map(|serial| serial.fd))?,
         report: own_some("report_fd", config.report_fd)?,

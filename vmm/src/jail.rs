@@ -1,8 +1,8 @@
 //! The jail: what the process gives up, always and in every build, before the guest runs its first instruction.
 //!
 //! Two steps, because the file system's threads start between them and inherit what the process is by then:
-//! [`isolate`] first of all (network, IPC and host name of its own), [`enter`] last (empty root, the
-//! configured user and group, no capability, no new privileges, limits). Behind that comes only seccomp.
+//! [`isolate`] first of all (limits; network, IPC and host name of its own), [`enter`] last (empty root, the
+//! configured user and group, no capability, no new privileges). Behind that comes only seccomp.
 //!
 //! The PID namespace is the owner's to give, by cloning this program into one: a process cannot move itself,
 //! and after `unshare(CLONE_NEWPID)` it could start no thread. What it would hide, other processes, is out
@@ -56,12 +56,14 @@ fn new_namespaces(what: &'static str, flags: CloneFlags) -> Result<(), JailError
 #[derive(Clone, Copy)]
 pub struct Parent(Option<rustix::process::Pid>);
 
-/// Leaves the host's network, IPC objects and host name. The first thing of all, with one thread.
+/// Sets its limits, which its owner's may be too low for, and leaves the host's network, IPC objects and host name. The first
+/// thing of all, with one thread.
 ///
 /// # Errors
 /// The kernel refused.
 pub fn isolate() -> Result<Parent, JailError> {
     let parent = Parent(getppid());
+    limit_resources()?;
     new_namespaces(
         "enter network, IPC and UTS namespaces of its own",
         CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS,
@@ -69,14 +71,13 @@ pub fn isolate() -> Result<Parent, JailError> {
     Ok(parent)
 }
 
-/// Closes the rest: root, user, capabilities, privileges, limits. For the calling thread and those that it
+/// Closes the rest: root, user, capabilities, privileges. For the calling thread and those that it
 /// starts from now on. `parent` is given if the process must end with it; with an owner channel that
 /// channel says so.
 ///
 /// # Errors
 /// The kernel refused a part.
 pub fn enter(jail: JailConfig, parent: Option<Parent>) -> Result<(), JailError> {
-    limit_resources()?;
     enter_empty_root()?;
     become_nobody(jail)?;
     step("refuse new privileges", set_no_new_privs(true))?;
@@ -99,15 +100,17 @@ pub fn enter(jail: JailConfig, parent: Option<Parent>) -> Result<(), JailError> 
 
 fn limit_resources() -> Result<(), JailError> {
     let limits = [
-        ("forbid core dumps", Resource::Core, 0),
-        ("limit open files", Resource::Nofile, OPEN_FILES_MAX),
-        ("forbid locked memory", Resource::Memlock, 0),
-        ("forbid message queues", Resource::Msgqueue, 0),
+        ("forbid core dumps", Resource::Core, Some(0)),
+        ("limit open files", Resource::Nofile, Some(OPEN_FILES_MAX)),
+        ("forbid locked memory", Resource::Memlock, Some(0)),
+        ("forbid message queues", Resource::Msgqueue, Some(0)),
+        // How large a file may be is said by the files that it is given; what goes beyond a limit is sent SIGXFSZ.
+        ("write files of any size", Resource::Fsize, None),
     ];
     for (what, resource, most) in limits {
         let limit = Rlimit {
-            current: Some(most),
-            maximum: Some(most),
+            current: most,
+            maximum: most,
         };
         step(what, setrlimit(resource, limit))?;
     }

@@ -90,6 +90,9 @@ impl Machine {
         self.drain();
         self.serial
             .flush(Duration::from_millis(SERIAL_FLUSH_TIMEOUT_MS));
+        // The process ends next. To drop a device is to reset it, and that waits for what this loop, which has ended, would see
+        // to.
+        std::mem::forget(std::mem::take(&mut self.virtio));
         Ended {
             end,
             console: self.serial.last_lines(CONSOLE_LINES),

@@ -37,6 +37,7 @@ fn main() {
         std::process::exit(i32::from(VmmExit::Internal.code()));
     }));
     inherit::empty_environment();
+    inherit::one_heap();
     let code = match command(std::env::args_os().skip(1)) {
         Ok(Command::Run(config_fd)) => tell(&run(config_fd)),
         Ok(Command::Help) => print(&help()),

@@ -9,9 +9,9 @@ pub mod msix;
 mod root;
 
 pub use config::{BARS, CONFIG_BYTES, ConfigSpace, Identity, LayoutError};
-pub use root::{CONFIG_PORT, CONFIG_PORT_BYTES, PciRoot, SLOTS, SlotError};
+pub use root::{CONFIG_PORT, CONFIG_PORT_BYTES, FUNCTIONS, PciRoot, Place, PlaceError, SLOTS};
 
-/// One function of the bus, device number = slot, function number 0. Called from any vCPU thread.
+/// One function of the bus. Called from any vCPU thread.
 pub trait PciFunction: Send + Sync {
     /// Fills `data`, 1, 2 or 4 bytes inside one aligned dword, from configuration space at `offset`.
     fn config_read(&self, offset: u8, data: &mut [u8]);

@@ -6,6 +6,7 @@
 use super::PciFunction;
 use super::config::{ConfigSpace, Identity};
 use crate::bus::BusDevice;
+use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// First port of the mechanism: the address register; the data register follows at 0xCFC.
@@ -14,9 +15,14 @@ pub const CONFIG_PORT: u64 = 0xcf8;
 pub const CONFIG_PORT_BYTES: u64 = 8;
 /// Device numbers of a bus, slot 0 being the host bridge.
 pub const SLOTS: usize = 32;
+/// Functions of a device.
+pub const FUNCTIONS: usize = 8;
 
 const DATA: u64 = 4;
 const ENABLE: u32 = 1 << 31;
+/// The header type, and its bit that says that the device has other functions (PCI 3.0 section 6.2.1).
+const HEADER_TYPE: u8 = 0x0e;
+const MULTI_FUNCTION: u8 = 1 << 7;
 /// Bits of the address register that can be set: enable, bus, device, function, dword.
 const ADDRESS_BITS: u32 = 0x80ff_fffc;
 
@@ -31,14 +37,49 @@ const HOST_BRIDGE: Identity = Identity {
     subsystem: 0x1100,
 };
 
+/// Where a function is on the bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Place {
+    /// Device number, 1 to 31.
+    pub slot: u8,
+    /// Function number, 0 to 7. A driver looks for the others only where there is a function 0.
+    pub function: u8,
+}
+
+impl Place {
+    /// Its number among all of the bus.
+    pub fn index(self) -> usize {
+        usize::from(self.slot) * FUNCTIONS + usize::from(self.function)
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}.{}", self.slot, self.function)
+    }
+}
+
 /// A function cannot be put where something is already, or nothing can be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("PCI slot {0} is taken or not one of 1 to 31")]
-pub struct SlotError(pub u8);
+#[error(
+    "PCI function {0} is taken, or not one of 1 to 31 and 0 to 7, or the slot has no function 0"
+)]
+pub struct PlaceError(pub Place);
 
 struct State {
     address: u32,
-    slots: [Option<Arc<dyn PciFunction>>; SLOTS],
+    functions: [Option<Arc<dyn PciFunction>>; SLOTS * FUNCTIONS],
+}
+
+impl State {
+    fn at(&self, place: Place) -> Option<&Arc<dyn PciFunction>> {
+        self.functions.get(place.index())?.as_ref()
+    }
+
+    /// Whether there is more than function 0.
+    fn many(&self, slot: u8) -> bool {
+        (1..FUNCTIONS as u8).any(|function| self.at(Place { slot, function }).is_some())
+    }
 }
 
 /// The bus with its functions, as a device on the port bus at [`CONFIG_PORT`].
@@ -50,23 +91,33 @@ impl PciRoot {
     /// A bus with a host bridge and nothing else.
     pub fn new() -> PciRoot {
         let bridge = HostBridge(Mutex::new(ConfigSpace::new(HOST_BRIDGE)));
-        let mut slots = [const { None }; SLOTS];
-        if let Some(first) = slots.first_mut() {
+        let mut functions = [const { None }; SLOTS * FUNCTIONS];
+        if let Some(first) = functions.first_mut() {
             *first = Some(Arc::new(bridge) as Arc<dyn PciFunction>);
         }
         PciRoot {
-            state: Mutex::new(State { address: 0, slots }),
+            state: Mutex::new(State {
+                address: 0,
+                functions,
+            }),
         }
     }
 
-    /// Puts a function at device number `slot`.
+    /// Puts a function at `place`.
     ///
     /// # Errors
-    /// The slot is taken or does not exist.
-    pub fn insert(&self, slot: u8, function: Arc<dyn PciFunction>) -> Result<(), SlotError> {
-        match self.lock().slots.get_mut(usize::from(slot)) {
-            Some(place @ None) => *place = Some(function),
-            _ => return Err(SlotError(slot)),
+    /// The place is taken or does not exist, or a driver would not find it.
+    pub fn insert(&self, place: Place, function: Arc<dyn PciFunction>) -> Result<(), PlaceError> {
+        let mut state = self.lock();
+        let first = Place {
+            function: 0,
+            ..place
+        };
+        let exists = place.slot > 0 && usize::from(place.function) < FUNCTIONS;
+        let found = place == first || state.at(first).is_some();
+        match state.functions.get_mut(place.index()) {
+            Some(free @ None) if exists && found => *free = Some(function),
+            _ => return Err(PlaceError(place)),
         }
         Ok(())
     }
@@ -76,22 +127,44 @@ impl PciRoot {
     }
 
     /// The selected function and the offset in its space, if the access stays inside the data register.
-    fn selected(&self, offset: u64, width: usize) -> Option<(Arc<dyn PciFunction>, u8)> {
+    fn selected(&self, offset: u64, width: usize) -> Option<Selected> {
         let byte = offset.checked_sub(DATA)?;
         if byte + width as u64 > 4 {
             return None;
         }
         let state = self.lock();
         let [register, device_function, bus, _] = state.address.to_le_bytes();
-        let function = device_function & 7;
-        if state.address & ENABLE == 0 || bus != 0 || function != 0 {
+        if state.address & ENABLE == 0 || bus != 0 {
             return None;
         }
-        let found = state
-            .slots
-            .get(usize::from(device_function >> 3))?
-            .clone()?;
-        Some((found, register | byte as u8))
+        let place = Place {
+            slot: device_function >> 3,
+            function: device_function & 7,
+        };
+        Some(Selected {
+            function: state.at(place)?.clone(),
+            register: register | byte as u8,
+            many: place.function == 0 && state.many(place.slot),
+        })
+    }
+}
+
+/// What the address register names.
+struct Selected {
+    function: Arc<dyn PciFunction>,
+    register: u8,
+    /// It is function 0 of several.
+    many: bool,
+}
+
+impl Selected {
+    fn read(&self, data: &mut [u8]) {
+        self.function.config_read(self.register, data);
+        let header_type = HEADER_TYPE.checked_sub(self.register);
+        let header_type = header_type.and_then(|at| data.get_mut(usize::from(at)));
+        if let (Some(byte), true) = (header_type, self.many) {
+            *byte |= MULTI_FUNCTION;
+        }
     }
 }
 
@@ -110,16 +183,16 @@ impl BusDevice for PciRoot {
         data.fill(0xff);
         if offset == 0 && data.len() == 4 {
             data.copy_from_slice(&self.lock().address.to_le_bytes());
-        } else if let Some((function, register)) = self.selected(offset, data.len()) {
-            function.config_read(register, data);
+        } else if let Some(selected) = self.selected(offset, data.len()) {
+            selected.read(data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
             self.lock().address = u32::from_le_bytes(address) & ADDRESS_BITS;
-        } else if let Some((function, register)) = self.selected(offset, data.len()) {
-            function.config_write(register, data);
+        } else if let Some(selected) = self.selected(offset, data.len()) {
+            selected.function.config_write(selected.register, data);
         }
     }
 }
@@ -196,15 +269,49 @@ mod tests {
         assert_eq!(u32::from_le_bytes(back), 0x8000_0004);
     }
 
+    fn function() -> Arc<HostBridge> {
+        Arc::new(HostBridge(Mutex::new(ConfigSpace::new(HOST_BRIDGE))))
+    }
+
+    fn place(slot: u8, function: u8) -> Place {
+        Place { slot, function }
+    }
+
     #[test]
-    fn a_slot_is_given_once() {
+    fn a_place_is_given_once() {
         let root = PciRoot::new();
-        let function = || Arc::new(HostBridge(Mutex::new(ConfigSpace::new(HOST_BRIDGE))));
-        assert_eq!(root.insert(0, function()), Err(SlotError(0)));
-        root.insert(31, function()).unwrap();
-        assert_eq!(root.insert(31, function()), Err(SlotError(31)));
-        assert_eq!(root.insert(32, function()), Err(SlotError(32)));
+        root.insert(place(31, 0), function()).unwrap();
+        root.insert(place(31, 7), function()).unwrap();
+        for taken_or_none in [
+            place(0, 0),
+            place(0, 1),
+            place(31, 0),
+            place(31, 7),
+            place(31, 8),
+            place(32, 0),
+            place(30, 1), // without a function 0 nobody would find it
+        ] {
+            let refused = Err(PlaceError(taken_or_none));
+            assert_eq!(root.insert(taken_or_none, function()), refused);
+        }
         assert_eq!(read(&root, 0x8000_f800, 0, 2), [0x36, 0x1b]);
+        assert_eq!(read(&root, 0x8000_ff00, 0, 2), [0x36, 0x1b]);
+        assert_eq!(read(&root, 0x8000_f900, 0, 2), [0xff, 0xff]);
+    }
+
+    #[test]
+    fn function_0_says_whether_there_are_others() {
+        let root = PciRoot::new();
+        root.insert(place(5, 0), function()).unwrap();
+        let header = |byte, width| read(&root, 0x8000_280c, byte, width);
+        assert_eq!(header(2, 1), [0]);
+        root.insert(place(5, 1), function()).unwrap();
+        assert_eq!(header(2, 1), [0x80]);
+        assert_eq!(header(2, 2), [0x80, 0]);
+        assert_eq!(header(0, 4), [0, 0, 0x80, 0]);
+        assert_eq!((header(3, 1), header(0, 2)), (vec![0], vec![0, 0]));
+        // Function 1 itself says nothing.
+        assert_eq!(read(&root, 0x8000_290c, 2, 1), [0]);
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use super::{FakeRoutes, memory};
 use crate::GuestMemory;
 use crate::bus::{Bus, BusDevice};
 use crate::event::Poller;
-use crate::pci::{CONFIG_PORT, CONFIG_PORT_BYTES, PciRoot};
+use crate::pci::{CONFIG_PORT, CONFIG_PORT_BYTES, PciRoot, Place};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::pci::{BAR_BYTES, TRANSPORT_FEATURES, VirtioPci};
 use crate::virtio::state::status;
@@ -78,7 +78,11 @@ impl Driver {
             .expect("a transport"),
         );
         let root = PciRoot::new();
-        root.insert(SLOT, transport.clone()).unwrap();
+        let place = Place {
+            slot: SLOT,
+            function: 0,
+        };
+        root.insert(place, transport.clone()).unwrap();
         let mut ports = Bus::new();
         ports
             .insert(CONFIG_PORT, CONFIG_PORT_BYTES, Arc::new(root))

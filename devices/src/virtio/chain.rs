@@ -75,13 +75,13 @@ pub enum BadChain {
 
 /// What of a queue the walk needs.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Table {
+pub(crate) struct Table {
     /// Guest address of the descriptor table.
-    pub(super) address: u64,
+    pub(crate) address: u64,
     /// Size of the queue.
-    pub(super) size: u16,
+    pub(crate) size: u16,
     /// Whether VIRTIO_F_INDIRECT_DESC was agreed on.
-    pub(super) indirect: bool,
+    pub(crate) indirect: bool,
 }
 
 /// The buffers of one chain.
@@ -95,7 +95,7 @@ pub struct Buffers<'m> {
 }
 
 impl<'m> Buffers<'m> {
-    pub(super) fn walk(
+    pub(crate) fn walk(
         memory: &'m GuestMemory,
         queue: Table,
         head: u16,

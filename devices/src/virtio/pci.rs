@@ -28,7 +28,7 @@ use crate::bus::BusDevice;
 use crate::pci::msix::{self, MsiRoutes, Msix, MsixState};
 use crate::pci::{ConfigSpace, Identity, LayoutError, PciFunction};
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -227,9 +227,15 @@ impl VirtioPci {
         }
     }
 
-    /// Takes the reason for which the device could last not be activated or reset, to be reported.
+    /// Takes the reason for which the device could last not be activated or reset, to be reported. `None` also while a vCPU is
+    /// at it: a reset may wait for the thread that asks.
     pub fn take_failure(&self) -> Option<DeviceError> {
-        self.core().failure.take()
+        let mut core = match self.core.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(core)) => core.into_inner(),
+            Err(TryLockError::WouldBlock) => return None,
+        };
+        core.failure.take()
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

@@ -1,22 +1,19 @@
 //! Starts one system and waits for its first sign and its end.
 
 use super::systems::{CMDLINE, Files, MEMORY_MIB, System};
+use crate::vmm::{JAIL_ID, command, inherited, memfd};
 use capsid_protocol::machine::{
-    CONFIG_VERSION, Cpus, FdNumber, GuestDial, JailConfig, MachineConfig, MemoryMib, SerialConfig,
+    CONFIG_VERSION, Cpus, GuestDial, JailConfig, MachineConfig, MemoryMib, SerialConfig,
     VsockConfig,
 };
 use capsid_protocol::report::MachineReport;
 use capsid_protocol::vsock::AGENT_RPC_PORT;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, Read, Seek};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
-
-/// Whom the VMM becomes in its jail.
-const JAIL_ID: u32 = 64_000;
 
 /// What one start took.
 #[derive(Clone, Debug)]
@@ -111,6 +108,7 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
             })
             .transpose()?,
         shares: Vec::new(),
+        disks: Vec::new(),
         serial: if own {
             None
         } else {
@@ -124,16 +122,9 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
             gid: JAIL_ID,
         },
     };
-    let mut json = memfd("config")?;
-    json.write_all(&config.to_json().map_err(io::Error::other)?)?;
-    json.rewind()?;
-    let config_fd = inherited(&json)?;
+    let (mut command, _config) = command(&config)?;
     let since = Instant::now();
-    let child = Command::new("capsid-vmm")
-        .arg("--config-fd")
-        .arg(config_fd.to_string())
-        .stdin(Stdio::null())
-        .spawn()?;
+    let child = command.spawn()?;
     drop((vmm_end, serial_write));
     let init = if own {
         dialled(&owner, since)
@@ -168,18 +159,4 @@ fn dialled(owner: &OwnedFd, since: Instant) -> io::Result<Duration> {
 fn reap(mut child: Child, since: Instant) -> io::Result<Duration> {
     child.wait()?;
     Ok(since.elapsed())
-}
-
-fn memfd(name: &str) -> io::Result<File> {
-    Ok(File::from(nix::sys::memfd::memfd_create(
-        name,
-        nix::sys::memfd::MFdFlags::MFD_CLOEXEC,
-    )?))
-}
-
-/// Lets a child inherit `fd`, and names it for the configuration.
-fn inherited(fd: &impl AsFd) -> io::Result<FdNumber> {
-    let fd = fd.as_fd();
-    fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty()))?;
-    FdNumber::try_from(i64::from(fd.as_raw_fd())).map_err(io::Error::other)
 }

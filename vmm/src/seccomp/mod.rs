@@ -5,6 +5,7 @@
 
 mod rules;
 
+use capsid_devices::blk::DISK_SYSCALLS;
 use capsid_devices::fs::FS_SYSCALLS;
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
@@ -18,12 +19,14 @@ pub struct Filter(BpfProgram);
 /// The kinds of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadKind {
-    /// Event loop: vsock, rng, owner channel, signals, the end.
+    /// Event loop: vsock, rng, disks, owner channel, signals, the end.
     Main,
     /// One vCPU: `KVM_RUN` and the registers of devices.
     Vcpu,
     /// One thread of a share: [`capsid_devices::fs::FS_SYSCALLS`].
     FileSystem,
+    /// One thread that makes the calls of disks: [`capsid_devices::blk::DISK_SYSCALLS`].
+    Disk,
 }
 
 /// Why a filter could not be made or put on.
@@ -68,6 +71,7 @@ pub fn compile(kind: ThreadKind) -> Result<Filter, FilterError> {
         ThreadKind::Main => (rules::MAIN, &[] as &[i64]),
         ThreadKind::Vcpu => (rules::VCPU, &[] as &[i64]),
         ThreadKind::FileSystem => (&[] as &[Rule], FS_SYSCALLS),
+        ThreadKind::Disk => (&[] as &[Rule], DISK_SYSCALLS),
     };
     let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
     for rule in rules::EVERY_THREAD.iter().chain(rules) {
@@ -115,8 +119,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn both_filters_compile_to_bounded_programs() {
-        for kind in [ThreadKind::Main, ThreadKind::Vcpu, ThreadKind::FileSystem] {
+    fn all_filters_compile_to_bounded_programs() {
+        use ThreadKind::{Disk, FileSystem, Main, Vcpu};
+        for kind in [Main, Vcpu, FileSystem, Disk] {
             let filter = compile(kind).unwrap();
             assert!(filter.0.len() > 50, "{kind:?}");
             assert!(filter.0.len() < 1000, "{kind:?}");

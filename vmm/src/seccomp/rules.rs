@@ -6,10 +6,10 @@ use libc::{
     AF_UNIX, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFL, FIONBIO, PROT_EXEC, SOL_SOCKET, SYS_brk,
     SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait, SYS_eventfd2,
     SYS_exit, SYS_exit_group, SYS_fcntl, SYS_futex, SYS_getpid, SYS_getrandom, SYS_getsockopt,
-    SYS_gettid, SYS_ioctl, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_ppoll,
-    SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask,
-    SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_sigaltstack,
-    SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
+    SYS_gettid, SYS_io_uring_enter, SYS_ioctl, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap,
+    SYS_munmap, SYS_ppoll, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall,
+    SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown,
+    SYS_sigaltstack, SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
 };
 
 /// `KVM_RUN`.
@@ -79,6 +79,8 @@ pub(super) const MAIN: &[Rule] = &[
     when!(SYS_getsockopt, 1, Test::Is(SOL_SOCKET as u32)),
     // The deadlines of half-open connections.
     always(SYS_timerfd_settime),
+    // The calls of disks; the ring was made and restricted before (`capsid_devices::blk`).
+    always(SYS_io_uring_enter),
     always(SYS_readv),
     always(SYS_recvfrom),
     always(SYS_recvmsg),

@@ -1,0 +1,401 @@
+//! Where the calls of all disks of a VM are made: by a ring, or by threads where the host has no ring.
+//!
+//! Owns what a call works on while it is under way, so that nothing is freed under the kernel's hands: a disk gives its vectors
+//! away with the call and gets them back with the result, on the event loop. At most [`IN_FLIGHT_MAX`] calls are under way for
+//! all disks together; beyond that a disk leaves its queue alone and is kicked when there is room again.
+
+use super::ring::Ring;
+use super::vectors::{RawVectors, Vectors};
+use super::work::Call;
+use super::workers::{Seal, Workers};
+use crate::event::{EventLoop, Interest, Readiness, Subscriber};
+use rustix::io::Errno;
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+/// Most disks of one VM.
+pub const DISKS_MAX: usize = 64;
+/// Most calls under way, of all disks together.
+pub(super) const IN_FLIGHT_MAX: usize = 1024;
+/// Most calls under way of one disk, so that one that hangs leaves room for the others.
+pub(super) const DISK_IN_FLIGHT_MAX: usize = 256;
+/// Most results handed out between two turns of the event loop.
+const RESULTS_MAX: usize = 256;
+
+/// A call as a ring or a thread takes it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Submission {
+    pub(super) ticket: u64,
+    pub(super) disk: u8,
+    pub(super) call: Call,
+    pub(super) vectors: RawVectors,
+}
+
+/// The end of a call, as a ring or a thread tells it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Completion {
+    pub(super) ticket: u64,
+    pub(super) result: Result<u64, Errno>,
+}
+
+/// The end of a call, as its disk gets it.
+pub(super) struct Done {
+    /// What the disk calls the request.
+    pub(super) request: u32,
+    /// Bytes that were moved.
+    pub(super) result: Result<u64, Errno>,
+    /// What the disk gave away.
+    pub(super) vectors: Vectors,
+}
+
+/// A disk, as the engine sees it.
+pub(super) trait Client: Send + Sync {
+    /// These calls have ended. Called with no lock held.
+    fn done(&self, done: Vec<Done>);
+}
+
+enum Backend {
+    Ring(Box<Ring>),
+    Workers(Workers),
+}
+
+struct Flight {
+    disk: u8,
+    request: u32,
+    vectors: Vectors,
+}
+
+struct Attached {
+    file: File,
+    client: Option<Arc<dyn Client>>,
+    under_way: usize,
+}
+
+#[derive(Default)]
+struct Table {
+    /// By ticket.
+    flights: Vec<Option<Flight>>,
+    free: Vec<usize>,
+    disks: Vec<Option<Attached>>,
+    /// Kicks of queues that found no room, by their disks.
+    stalled: Vec<(u8, Arc<EventFd>)>,
+}
+
+impl Table {
+    fn under_way(&self) -> usize {
+        self.flights.len() - self.free.len()
+    }
+
+    fn has_room(&self, disk: u8) -> bool {
+        let attached = self.disks.get(usize::from(disk)).and_then(Option::as_ref);
+        self.under_way() < IN_FLIGHT_MAX
+            && attached.is_some_and(|disk| disk.under_way < DISK_IN_FLIGHT_MAX)
+    }
+
+    fn count(&mut self, disk: u8) -> Option<&mut usize> {
+        let attached = self.disks.get_mut(usize::from(disk))?.as_mut()?;
+        Some(&mut attached.under_way)
+    }
+
+    fn start(&mut self, flight: Flight) -> usize {
+        if let Some(count) = self.count(flight.disk) {
+            *count += 1;
+        }
+        let ticket = self.free.pop().unwrap_or(self.flights.len());
+        match self.flights.get_mut(ticket) {
+            Some(place) => *place = Some(flight),
+            None => self.flights.push(Some(flight)),
+        }
+        ticket
+    }
+
+    fn end(&mut self, ticket: u64) -> Option<Flight> {
+        let ticket = usize::try_from(ticket).ok()?;
+        let flight = self.flights.get_mut(ticket)?.take()?;
+        self.free.push(ticket);
+        if let Some(count) = self.count(flight.disk) {
+            *count -= 1;
+        }
+        Some(flight)
+    }
+}
+
+/// The engine of a VM's disks.
+pub struct DiskIo {
+    backend: Backend,
+    event: Arc<EventFd>,
+    table: Mutex<Table>,
+}
+
+/// Which engine to take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EngineKind {
+    /// A ring if the host has one, else threads.
+    Best,
+    /// Threads.
+    Threads,
+}
+
+impl DiskIo {
+    /// An engine whose results are handed out on `event_loop`. It makes no call before [`DiskIo::start`].
+    ///
+    /// # Errors
+    /// No eventfd, or it cannot be watched.
+    pub fn new(kind: EngineKind, event_loop: &dyn EventLoop) -> io::Result<Arc<DiskIo>> {
+        let event = Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?);
+        let ring = match kind {
+            EngineKind::Best => Ring::new(&event).ok(),
+            EngineKind::Threads => None,
+        };
+        let backend = match ring {
+            Some(ring) => Backend::Ring(Box::new(ring)),
+            None => Backend::Workers(Workers::new(event.clone())),
+        };
+        let mut table = Table::default();
+        table.disks.resize_with(DISKS_MAX, || None);
+        let engine = Arc::new(DiskIo {
+            backend,
+            event,
+            table: Mutex::new(table),
+        });
+        let interest = Interest {
+            readable: true,
+            writable: false,
+        };
+        let results = Arc::new(Mutex::new(Results(engine.clone())));
+        event_loop.watch(engine.event.as_raw_fd(), interest, 0, results)?;
+        Ok(engine)
+    }
+
+    /// Starts the threads, if calls are made by threads. They are who the calling thread is by now, and call `seal` before
+    /// anything else; so this comes after the process has given its privileges up.
+    ///
+    /// # Errors
+    /// A thread could not be had or sealed.
+    pub fn start(&self, seal: &Seal) -> io::Result<()> {
+        match &self.backend {
+            Backend::Ring(_) => Ok(()),
+            Backend::Workers(workers) => workers.start(seal),
+        }
+    }
+
+    /// Whether the calls are made by a ring.
+    pub fn is_ring(&self) -> bool {
+        matches!(self.backend, Backend::Ring(_))
+    }
+
+    /// Takes a disk in; returns its number. Before the threads of the VM are confined: it is the one call that registers
+    /// anything.
+    ///
+    /// # Errors
+    /// There are [`DISKS_MAX`] already, or the ring refused the file.
+    pub(super) fn attach(&self, file: File) -> io::Result<u8> {
+        let mut table = self.lock();
+        let place = table.disks.iter().position(Option::is_none);
+        let number = place.ok_or(io::ErrorKind::StorageFull)?;
+        if let Backend::Ring(ring) = &self.backend {
+            ring.set_file(number as u8, file.as_raw_fd())?;
+        }
+        if let Some(place) = table.disks.get_mut(number) {
+            *place = Some(Attached {
+                file,
+                client: None,
+                under_way: 0,
+            });
+        }
+        Ok(number as u8)
+    }
+
+    /// Who gets the results of a disk's calls from now on; with `None` they are dropped.
+    pub(super) fn serve(&self, number: u8, client: Option<Arc<dyn Client>>) {
+        if let Some(Some(attached)) = self.lock().disks.get_mut(usize::from(number)) {
+            attached.client = client;
+        }
+    }
+
+    /// Begins a call of a new request, which the disk calls `request`. Its result comes by [`Client::done`]. The kernel may
+    /// learn of it as late as at [`DiskIo::flush`].
+    ///
+    /// # Errors
+    /// There is no room now. `kick` is signalled when there is.
+    pub(super) fn begin(
+        &self,
+        disk: u8,
+        request: u32,
+        call: Call,
+        vectors: Vectors,
+        kick: &Arc<EventFd>,
+    ) -> Result<(), NoRoom> {
+        let mut table = self.lock();
+        let room = table.has_room(disk);
+        if room && self.push(&mut table, disk, request, call, vectors).is_ok() {
+            return Ok(());
+        }
+        let waits = |(_, other): &(u8, Arc<EventFd>)| Arc::ptr_eq(other, kick);
+        if !table.stalled.iter().any(waits) {
+            table.stalled.push((disk, kick.clone()));
+        }
+        Err(NoRoom)
+    }
+
+    /// Begins the next call of a request whose last one has just ended.
+    ///
+    /// # Errors
+    /// The kernel has no memory for it; here are the vectors back.
+    pub(super) fn go_on(
+        &self,
+        disk: u8,
+        request: u32,
+        call: Call,
+        vectors: Vectors,
+    ) -> Result<(), Vectors> {
+        self.push(&mut self.lock(), disk, request, call, vectors)
+    }
+
+    #[allow(unsafe_code)]
+    fn push(
+        &self,
+        table: &mut Table,
+        disk: u8,
+        request: u32,
+        call: Call,
+        vectors: Vectors,
+    ) -> Result<(), Vectors> {
+        let raw = vectors.raw();
+        let ticket = table.start(Flight {
+            disk,
+            request,
+            vectors,
+        }) as u64;
+        let submission = Submission {
+            ticket,
+            disk,
+            call,
+            vectors: raw,
+        };
+        match &self.backend {
+            Backend::Ring(ring) => {
+                // SAFETY: the table keeps the vectors until `harvest` has taken the completion, and if it never comes, for
+                // ever: see `drop`. Their addresses are on the heap and do not move with them.
+                let pushed = unsafe { ring.push(&submission) };
+                if pushed.is_ok() {
+                    return Ok(());
+                }
+                table
+                    .end(ticket)
+                    .map_or(Ok(()), |flight| Err(flight.vectors))
+            }
+            Backend::Workers(workers) => {
+                let attached = table.disks.get(usize::from(disk)).and_then(Option::as_ref);
+                let file = attached.map_or(-1, |attached| attached.file.as_raw_fd());
+                // SAFETY: as above, and a disk's file stays in the table while calls of it are under way.
+                unsafe { workers.push(file, &submission) };
+                Ok(())
+            }
+        }
+    }
+
+    /// Ends what of a disk's calls can still be ended; their results come as those of others do.
+    pub(super) fn cancel(&self, disk: u8) {
+        match &self.backend {
+            // A ring that could cancel would need one more call, and what it has begun it does not cancel either.
+            Backend::Ring(_) => {}
+            Backend::Workers(workers) => workers.cancel(disk),
+        }
+    }
+
+    /// Tells the kernel of all calls begun so far.
+    pub(super) fn flush(&self) {
+        if let Backend::Ring(ring) = &self.backend {
+            if ring.flush().is_err() {
+                // The kernel has no memory for them now; the loop comes back to it. Here as below this fails only when the
+                // counter is full, and then the fd is readable anyway.
+                let _ = self.event.write(1);
+            }
+        }
+    }
+
+    /// Hands out results, at most [`RESULTS_MAX`]; whatever else there is keeps the event up.
+    fn harvest(&self) {
+        // An empty counter means that another turn has taken it.
+        let _ = self.event.read();
+        let mut completions = Vec::new();
+        match &self.backend {
+            Backend::Ring(ring) => ring.take(&mut completions, RESULTS_MAX),
+            Backend::Workers(workers) => workers.take(&mut completions, RESULTS_MAX),
+        }
+        if completions.len() == RESULTS_MAX {
+            let _ = self.event.write(1);
+        }
+        for (client, done) in self.sort(&completions) {
+            client.done(done);
+        }
+        let mut table = self.lock();
+        let stalled = std::mem::take(&mut table.stalled);
+        for (disk, kick) in stalled {
+            if table.has_room(disk) {
+                // Fails only when the counter is full, and then the fd is readable anyway.
+                let _ = kick.write(1);
+            } else {
+                table.stalled.push((disk, kick));
+            }
+        }
+        drop(table);
+        self.flush();
+    }
+
+    /// The results of each disk.
+    fn sort(&self, completions: &[Completion]) -> Vec<(Arc<dyn Client>, Vec<Done>)> {
+        let mut table = self.lock();
+        let mut by_disk: Vec<Vec<Done>> = Vec::new();
+        by_disk.resize_with(DISKS_MAX, Vec::new);
+        for completion in completions {
+            let Some(flight) = table.end(completion.ticket) else {
+                continue;
+            };
+            if let Some(done) = by_disk.get_mut(usize::from(flight.disk)) {
+                done.push(Done {
+                    request: flight.request,
+                    result: completion.result,
+                    vectors: flight.vectors,
+                });
+            }
+        }
+        let attached = table.disks.iter().zip(by_disk);
+        attached
+            .filter(|(_, done)| !done.is_empty())
+            .filter_map(|(disk, done)| Some((disk.as_ref()?.client.clone()?, done)))
+            .collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        // Nothing in here panics with the lock held.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for DiskIo {
+    fn drop(&mut self) {
+        let table = self.table.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if table.under_way() > 0 {
+            // It still names the vectors and the files: they stay, and with the former the guest's memory.
+            std::mem::forget(std::mem::take(&mut table.flights));
+            std::mem::forget(std::mem::take(&mut table.disks));
+        }
+    }
+}
+
+/// There are [`IN_FLIGHT_MAX`] calls under way.
+pub(super) struct NoRoom;
+
+/// The engine's place on the event loop.
+struct Results(Arc<DiskIo>);
+
+impl Subscriber for Results {
+    fn ready(&mut self, _token: u64, _readiness: Readiness) {
+        self.0.harvest();
+    }
+}

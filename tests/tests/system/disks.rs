@@ -1,0 +1,167 @@
+//! Disks, as Linux in the guest sees them and as the host finds them afterwards.
+
+use capsid_tests::bundle::Scratch;
+use capsid_tests::ledger::Ledger;
+use capsid_tests::vmm::{Disk, Ended, run_script};
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::FileExt;
+use std::process::{Command, Stdio};
+
+/// The guest powered itself off.
+const POWERED_OFF: i32 = 0;
+const MIB: usize = 1 << 20;
+
+/// A new file to be a disk.
+fn file(scratch: &Scratch, name: &str, bytes: usize) -> File {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true);
+    let file = file.open(scratch.join(name)).expect("a file");
+    file.set_len(bytes as u64).expect("its size");
+    file
+}
+
+fn disk<'a>(id: &'a str, file: &'a File) -> Disk<'a> {
+    Disk {
+        id,
+        file,
+        read_only: false,
+        queues: 1,
+    }
+}
+
+#[track_caller]
+fn said(ended: &Ended) -> Vec<&str> {
+    assert_eq!(ended.code, POWERED_OFF, "{ended:?}");
+    ended.said.iter().map(String::as_str).collect()
+}
+
+#[track_caller]
+fn on_host(program: &str, args: &[&str]) -> String {
+    let output = Command::new(program)
+        .args(args)
+        .stdin(Stdio::null())
+        .output();
+    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{program} {args:?}: {output:?}");
+    text
+}
+
+#[test]
+fn a_file_system_on_a_disk_is_the_same_in_the_guest_and_on_the_host() {
+    let scratch = Scratch::new("disk");
+    let data = file(&scratch, "data", 32 * MIB);
+    let at = scratch.join("data");
+    on_host("mke2fs", &["-q", "-F", "-t", "ext4", &at]);
+    let ended = run_script(
+        "mount -t ext4 -o discard /dev/vda /mnt && head -c 3000000 /dev/urandom > /mnt/big && \
+         say $(md5sum < /mnt/big) && cp /mnt/big /mnt/gone && sync && rm /mnt/gone && fstrim /mnt && \
+         echo hello > /mnt/greeting && umount /mnt && say unmounted\n\
+         mount -t ext4 -o ro /dev/vda /mnt && say $(md5sum < /mnt/big) && umount /mnt\n\
+         say $(cat /sys/block/vda/serial) $(cat /sys/block/vda/ro) $(cat /sys/block/vda/queue/logical_block_size) \
+             $(cat /sys/block/vda/queue/write_cache) $(ls /sys/block/vda/mq | wc -w)",
+        2,
+        &[Disk {
+            queues: 2,
+            ..disk("data-1", &data)
+        }],
+    );
+    let said = said(&ended);
+    assert_eq!(said.len(), 4, "{ended:?}");
+    assert_eq!((said[1], said[0]), ("unmounted", said[2]));
+    assert_eq!(said[3], "data-1 0 512 write back 2");
+    on_host("e2fsck", &["-f", "-n", &at]);
+    let greeting = on_host("debugfs", &["-R", "cat /greeting", &at]);
+    assert_eq!(greeting, "hello\n");
+}
+
+/// Where a host says whether there is io_uring: 2 is for nobody.
+const IO_URING_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
+
+/// No io_uring for anybody, until this is dropped.
+struct NoRing(String);
+
+impl NoRing {
+    fn new() -> std::io::Result<NoRing> {
+        let before = std::fs::read_to_string(IO_URING_DISABLED)?;
+        std::fs::write(IO_URING_DISABLED, "2")?;
+        Ok(NoRing(before))
+    }
+}
+
+impl Drop for NoRing {
+    fn drop(&mut self) {
+        std::fs::write(IO_URING_DISABLED, &self.0).expect("as it was");
+    }
+}
+
+#[test]
+fn a_host_without_io_uring_has_disks_as_well() {
+    let _no_ring = match NoRing::new() {
+        Ok(no_ring) => no_ring,
+        Err(error) => {
+            eprintln!("SKIPPED a_host_without_io_uring: {IO_URING_DISABLED}: {error}");
+            return;
+        }
+    };
+    let scratch = Scratch::new("disk-threads");
+    let data = file(&scratch, "data", 8 * MIB);
+    let ended = run_script(
+        "dd if=/dev/urandom of=/tmp.bin bs=1M count=6 2>/dev/null; dd if=/tmp.bin of=/dev/vda bs=256k oflag=direct conv=fsync 2>/dev/null\n\
+         say $(dd if=/dev/vda bs=1M count=6 iflag=direct 2>/dev/null | cmp - /tmp.bin && echo same)",
+        2,
+        &[disk("data", &data)],
+    );
+    assert_eq!(said(&ended), ["same"]);
+}
+
+#[test]
+fn a_read_only_disk_cannot_be_written_and_is_unchanged() {
+    let scratch = Scratch::new("disk-ro");
+    drop(file(&scratch, "data", MIB));
+    let data = File::open(scratch.join("data")).expect("for reading alone");
+    let ended = run_script(
+        "say $(cat /sys/block/vda/ro)\n\
+         blockdev --setrw /dev/vda; echo spoilt > /dev/vda || say refused",
+        1,
+        &[Disk {
+            read_only: true,
+            ..disk("data", &data)
+        }],
+    );
+    assert_eq!(said(&ended), ["1", "refused"]);
+    assert!(
+        std::fs::read(scratch.join("data"))
+            .expect("there")
+            .iter()
+            .all(|byte| *byte == 0)
+    );
+}
+
+#[test]
+fn sixty_four_disks_are_there_in_their_order() {
+    let scratch = Scratch::new("disks");
+    let files: Vec<(String, File)> = (0..64)
+        .map(|number| {
+            let name = format!("disk-{number:02}");
+            let file = file(&scratch, &name, MIB);
+            file.write_all_at(name.as_bytes(), 4096).expect("written");
+            (name, file)
+        })
+        .collect();
+    let disks: Vec<_> = files.iter().map(|(name, file)| disk(name, file)).collect();
+    let before = Ledger::now();
+    let ended = run_script(
+        "for disk in $(cd /sys/block && echo vd? vd??); do \
+             say $(cat /sys/block/$disk/serial) $(dd if=/dev/$disk bs=4096 skip=1 count=1 2>/dev/null | head -c 7); \
+         done",
+        1,
+        &disks,
+    );
+    let expected: Vec<String> = files
+        .iter()
+        .map(|(name, _)| format!("{name} {name}"))
+        .collect();
+    assert_eq!(said(&ended), expected);
+    before.balances();
+}
