@@ -190,8 +190,8 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let own_filter = seccomp::compile(ThreadKind::Main)?;
     let dies_with_parent = config.vsock.is_none().then_some(parent);
     jail::enter(config.jail, dies_with_parent)?;
-    if let Some(disks) = disks {
-        start_disks(&disks)?;
+    if let Some(disks) = &disks {
+        start_disks(disks)?;
     }
     let vcpus = Vcpus::start(vcpus, &buses, &ends, phases, &filter)?;
     confine_main(&own_filter)?;
@@ -203,6 +203,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         vcpus,
         serial,
         virtio,
+        disks,
         signals,
         power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
         phases: phases.clone(),

@@ -4,6 +4,7 @@
 use crate::end::{End, Ends};
 use crate::record::{ExitCounts, Phases};
 use crate::vcpus::Vcpus;
+use capsid_devices::blk::DiskIo;
 use capsid_devices::bus::BusDevice;
 use capsid_devices::event::{EventLoop, Interest, Poller, Readiness, Subscriber};
 use capsid_devices::serial::Serial;
@@ -46,6 +47,8 @@ pub struct Machine {
     pub serial: Arc<Serial>,
     /// The virtio devices, for what failed in them.
     pub virtio: Vec<Arc<VirtioPci>>,
+    /// Where the calls of the disks are made.
+    pub disks: Option<Arc<DiskIo>>,
     /// SIGTERM and SIGINT.
     pub signals: StopSignals,
     /// The way to the guest, if there is one.
@@ -90,9 +93,10 @@ impl Machine {
         self.drain();
         self.serial
             .flush(Duration::from_millis(SERIAL_FLUSH_TIMEOUT_MS));
-        // The process ends next. To drop a device is to reset it, and that waits for what this loop, which has ended, would see
-        // to.
-        std::mem::forget(std::mem::take(&mut self.virtio));
+        // To drop a disk is to reset it, which would wait for what this loop, which has ended, sees to.
+        if let Some(disks) = &self.disks {
+            disks.leave();
+        }
         Ended {
             end,
             console: self.serial.last_lines(CONSOLE_LINES),

@@ -239,7 +239,10 @@ impl VirtioDevice for Disk {
             return Ok(());
         };
         active.stop();
-        let patience = Duration::from_millis(RESET_TIMEOUT_MS);
+        let patience = match self.io.is_left() {
+            false => Duration::from_millis(RESET_TIMEOUT_MS),
+            true => Duration::ZERO,
+        };
         if !wait_until_idle(&active.server, patience) {
             return Err(DeviceError::Io {
                 what: "stop a request that the host's disk holds up",

@@ -13,6 +13,7 @@ use rustix::io::Errno;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -128,6 +129,7 @@ pub struct DiskIo {
     backend: Backend,
     event: Arc<EventFd>,
     table: Mutex<Table>,
+    left: AtomicBool,
 }
 
 /// Which engine to take.
@@ -160,6 +162,7 @@ impl DiskIo {
             backend,
             event,
             table: Mutex::new(table),
+            left: AtomicBool::new(false),
         });
         let interest = Interest {
             readable: true,
@@ -180,6 +183,16 @@ impl DiskIo {
             Backend::Ring(_) => Ok(()),
             Backend::Workers(workers) => workers.start(seal),
         }
+    }
+
+    /// To be called when nobody will turn the event loop any more, before the disks are dropped: their resets then wait for
+    /// nothing.
+    pub fn leave(&self) {
+        self.left.store(true, Ordering::SeqCst);
+    }
+
+    pub(super) fn is_left(&self) -> bool {
+        self.left.load(Ordering::SeqCst)
     }
 
     /// Whether the calls are made by a ring.

@@ -307,3 +307,23 @@ fn there_are_no_more_disks_than_the_engine_has_places() {
         }
     });
 }
+
+#[test]
+fn a_disk_that_is_dropped_when_the_loop_has_ended_waits_for_nothing() {
+    let poller = Arc::new(Poller::new().unwrap());
+    let io = idle_engine(EngineKind::Best, &poller);
+    let Some(io) = io else {
+        return;
+    };
+    let mut guest = Guest::with(io.clone(), poller, file(64 * SECTOR), false, ALL);
+    let header = super::header(IN, 0);
+    let buffers = [Buffer::Readable(&header), Buffer::Writable(513)];
+    guest.driver.add(0, &buffers);
+    guest.driver.kick(0);
+    // The kick is served, its result is not handed out.
+    guest.poller.turn(Some(Duration::ZERO)).unwrap();
+    io.leave();
+    let since = Instant::now();
+    drop(guest.driver);
+    assert!(since.elapsed() < Duration::from_secs(1));
+}
