@@ -12,6 +12,7 @@ pub mod event;
 pub mod fs;
 pub mod i8042;
 pub mod machine;
+pub mod net;
 pub mod pci;
 pub mod pvpanic;
 pub mod rng;

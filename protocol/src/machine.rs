@@ -16,6 +16,12 @@ pub const CONFIG_MAX_BYTES: usize = 64 * 1024;
 pub const CMDLINE_MAX_BYTES: usize = 1024;
 /// Most virtio-fs shares of one VM.
 pub const SHARES_MAX: usize = 8;
+/// Most network cards of one VM.
+pub const NICS_MAX: usize = 16;
+/// Most pairs of queues of one network card.
+pub const NIC_PAIRS_MAX: usize = 16;
+/// Least MTU of a network card, in bytes (virtio 1.2 section 5.1.4.1).
+pub const MTU_MIN: u16 = 68;
 /// Most disks of one VM.
 pub const DISKS_MAX: usize = 64;
 /// Most request queues of one disk.
@@ -161,6 +167,9 @@ pub struct MachineConfig {
     /// The block devices, in the order in which the guest finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub disks: Vec<DiskConfig>,
+    /// The network cards, in the order in which the guest finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nics: Vec<NicConfig>,
     /// Where the guest's serial port writes; absent: only into the VMM's ring. With it the guest gets a
     /// console on it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -218,6 +227,61 @@ pub struct DiskConfig {
     /// Request queues, 1 to 16.
     #[serde(default = "one_queue")]
     pub queues: u8,
+}
+
+/// One network card.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NicConfig {
+    /// The queues of one tap device made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, 1 to 16; more than one with
+    /// IFF_MULTI_QUEUE. The card has as many pairs of queues.
+    pub tap_fds: Vec<FdNumber>,
+    /// Hardware address.
+    pub mac: Mac,
+    /// Largest packet of the link without its Ethernet header, in bytes: 68 to 65535.
+    pub mtu: u16,
+}
+
+/// The hardware address of one station, as text `02:00:00:00:00:01`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Mac([u8; 6]);
+
+impl Mac {
+    /// Its bytes in the order of transmission.
+    pub fn bytes(self) -> [u8; 6] {
+        self.0
+    }
+}
+
+impl TryFrom<String> for Mac {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        let mut bytes = [0; 6];
+        let mut digits = text.split(':');
+        let two = |pair: &str| {
+            // `from_str_radix` takes a sign as well.
+            let digits = pair.len() == 2 && pair.bytes().all(|digit| digit.is_ascii_hexdigit());
+            u8::from_str_radix(pair, 16).ok().filter(|_| digits)
+        };
+        let whole = bytes.iter_mut().all(|byte| {
+            let value = digits.next().and_then(two);
+            value.inspect(|value| *byte = *value).is_some()
+        });
+        let [first, ..] = bytes;
+        // The lowest bit is that of a group; nobody has the address of zeroes.
+        if !whole || digits.next().is_some() || first & 1 != 0 || bytes == [0; 6] {
+            return Err(ConfigError::Mac(text));
+        }
+        Ok(Mac(bytes))
+    }
+}
+
+impl From<Mac> for String {
+    fn from(Mac([a, b, c, d, e, f]): Mac) -> String {
+        format!("{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}")
+    }
 }
 
 fn one_queue() -> u8 {
@@ -283,7 +347,19 @@ pub enum ConfigError {
     /// Queues out of range.
     #[error("{0} queues: a disk has 1 to {DISK_QUEUES_MAX}")]
     DiskQueues(u8),
-    /// Too many shares, disks or ports.
+    /// Not the hardware address of one station.
+    #[error("{0:?} is not the hardware address of one station, such as 02:00:00:00:00:01")]
+    Mac(String),
+    /// A hardware address used twice.
+    #[error("two network cards have the hardware address {0}")]
+    MacTwice(String),
+    /// Queues out of range.
+    #[error("a network card has 1 to {NIC_PAIRS_MAX} tap_fds, not {0}")]
+    NicQueues(usize),
+    /// MTU out of range.
+    #[error("a network card has an MTU of at least {MTU_MIN}, not {0}")]
+    Mtu(u16),
+    /// Too many shares, disks, network cards or ports.
     #[error("{what}: {count} entries, at most {max}")]
     TooMany {
         /// The field.
@@ -335,6 +411,7 @@ impl MachineConfig {
         fds.extend(self.vsock.as_ref().map(|vsock| vsock.owner_fd));
         fds.extend(self.shares.iter().map(|share| share.tree_fd));
         fds.extend(self.disks.iter().map(|disk| disk.fd));
+        fds.extend(self.nics.iter().flat_map(|nic| &nic.tap_fds));
         fds.extend(self.serial.map(|serial| serial.fd));
         fds.extend(self.report_fd);
         fds
@@ -355,6 +432,7 @@ impl MachineConfig {
         self.check_vsock()?;
         self.check_shares()?;
         self.check_disks()?;
+        self.check_nics()?;
         if self.jail.uid == 0 || self.jail.gid == 0 {
             return Err(ConfigError::JailRoot);
         }
@@ -407,6 +485,23 @@ impl MachineConfig {
         }
         Ok(())
     }
+
+    fn check_nics(&self) -> Result<(), ConfigError> {
+        at_most("nics", self.nics.len(), NICS_MAX)?;
+        let mut macs = BTreeSet::new();
+        for nic in &self.nics {
+            if !(1..=NIC_PAIRS_MAX).contains(&nic.tap_fds.len()) {
+                return Err(ConfigError::NicQueues(nic.tap_fds.len()));
+            }
+            if nic.mtu < MTU_MIN {
+                return Err(ConfigError::Mtu(nic.mtu));
+            }
+            if !macs.insert(nic.mac) {
+                return Err(ConfigError::MacTwice(nic.mac.into()));
+            }
+        }
+        Ok(())
+    }
 }
 
 fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), ConfigError> {
@@ -428,138 +523,5 @@ pub fn is_id(id: &str) -> bool {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use proptest::prelude::*;
-
-    fn example() -> MachineConfig {
-        MachineConfig::from_json(
-            br#"{"version":1,"id":"pod-1","cpus":2,"memory_mib":128,"kernel_fd":3,"initramfs_fd":4,
-                "vsock":{"owner_fd":5,"guest_may_dial":[{"port":1024,"connections":1}]},
-                "shares":[{"tag":"capsid","tree_fd":6}],"jail":{"uid":1000,"gid":1000}}"#,
-        )
-        .expect("the example is valid")
-    }
-
-    fn refused(change: impl FnOnce(&mut MachineConfig)) -> String {
-        let mut config = example();
-        change(&mut config);
-        config.to_json().expect_err("must be refused").to_string()
-    }
-
-    #[test]
-    fn the_example_reads_back() {
-        let json = example().to_json().expect("valid");
-        assert_eq!(MachineConfig::from_json(&json).expect("valid"), example());
-    }
-
-    #[test]
-    fn an_unknown_field_is_refused_by_name() {
-        let json = br#"{"version":1,"id":"a","cpus":1,"memory_mib":64,"kernel_fd":3,
-            "jail":{"uid":1,"gid":1},"kernel_path":"/boot"}"#;
-        let error = MachineConfig::from_json(json).expect_err("unknown field");
-        let source = std::error::Error::source(&error)
-            .expect("has a cause")
-            .to_string();
-        assert!(source.contains("kernel_path"), "{source}");
-    }
-
-    #[test]
-    fn numbers_out_of_range_are_refused() {
-        for (field, value) in [
-            ("cpus", "0"),
-            ("cpus", "33"),
-            ("memory_mib", "63"),
-            ("memory_mib", "524289"),
-            ("kernel_fd", "2"),
-        ] {
-            let json = format!(
-                r#"{{"version":1,"id":"a","cpus":{},"memory_mib":{},"kernel_fd":{},"jail":{{"uid":1,"gid":1}}}}"#,
-                if field == "cpus" { value } else { "1" },
-                if field == "memory_mib" { value } else { "64" },
-                if field == "kernel_fd" { value } else { "3" },
-            );
-            assert!(
-                MachineConfig::from_json(json.as_bytes()).is_err(),
-                "{field} {value}"
-            );
-        }
-    }
-
-    #[test]
-    fn one_fd_for_two_things_is_refused() {
-        assert_eq!(
-            refused(|c| c.initramfs_fd = Some(c.kernel_fd)),
-            "fd 3 is named twice"
-        );
-    }
-
-    #[test]
-    fn a_jail_that_keeps_root_is_refused() {
-        assert_eq!(
-            refused(|c| c.jail.uid = 0),
-            "jail uid and gid must not be 0"
-        );
-    }
-
-    #[test]
-    fn an_id_that_is_a_path_is_refused() {
-        assert!(refused(|c| c.id = "../x".into()).contains("is not 1 to 64"));
-        assert!(refused(|c| c.id = "..".into()).contains("is not 1 to 64"));
-    }
-
-    #[test]
-    fn a_command_line_with_a_newline_is_refused() {
-        assert!(refused(|c| c.cmdline = "quiet\ninit=/bin/sh".into()).contains("command line"));
-    }
-
-    #[test]
-    fn a_tag_used_twice_is_refused() {
-        assert!(
-            refused(|c| c.shares.push(ShareConfig {
-                tag: "capsid".into(),
-                tree_fd: FdNumber(9)
-            }))
-            .contains("used twice")
-        );
-    }
-
-    #[test]
-    fn disks_that_a_vm_cannot_have_are_refused() {
-        let disk = |id: &str, fd: i64| DiskConfig {
-            fd: FdNumber::try_from(fd).expect("a number"),
-            id: id.into(),
-            read_only: false,
-            queues: 1,
-        };
-        for id in ["", "a/b", "123456789012345678901"] {
-            assert!(refused(|c| c.disks.push(disk(id, 9))).contains("disk id"));
-        }
-        let twice = refused(|c| c.disks.extend([disk("data", 9), disk("data", 10)]));
-        assert!(twice.contains("used twice"), "{twice}");
-        assert_eq!(
-            refused(|c| c.disks.push(disk("data", 3))),
-            "fd 3 is named twice"
-        );
-        for queues in [0, 17] {
-            let many = DiskConfig {
-                queues,
-                ..disk("data", 9)
-            };
-            assert!(refused(|c| c.disks.push(many)).contains("a disk has 1 to 16"));
-        }
-        let all = || (0..=DISKS_MAX).map(|n| disk(&format!("disk-{n}"), 9 + n as i64));
-        assert!(refused(|c| c.disks.extend(all())).contains("at most 64"));
-        let mut config = example();
-        config.disks.extend(all().take(DISKS_MAX));
-        let json = config.to_json().expect("valid");
-        assert_eq!(MachineConfig::from_json(&json).expect("valid"), config);
-    }
-
-    proptest! {
-        #[test]
-        fn any_bytes_are_parsed_or_refused(json: Vec<u8>) {
-            let _either = MachineConfig::from_json(&json);
-        }
-    }
-}
+#[path = "machine_tests.rs"]
+mod tests;

@@ -9,4 +9,5 @@ pub mod bundle;
 pub mod capsid;
 pub mod ledger;
 pub mod pty;
+pub mod tap;
 pub mod vmm;

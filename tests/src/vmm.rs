@@ -4,12 +4,13 @@
 use crate::bundle::image_layers;
 use crate::capsid::kernel;
 use capsid_protocol::machine::{
-    CONFIG_VERSION, Cpus, DiskConfig, FdNumber, JailConfig, MachineConfig, MemoryMib, SerialConfig,
+    CONFIG_VERSION, Cpus, DiskConfig, FdNumber, JailConfig, Mac, MachineConfig, MemoryMib,
+    NicConfig, SerialConfig,
 };
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::fs::File;
 use std::io::{self, Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 
 /// Whom the VMM becomes in its jail.
@@ -70,6 +71,16 @@ pub struct Disk<'a> {
     pub queues: u8,
 }
 
+/// A network card for a guest.
+pub struct Nic {
+    /// The queues of a tap device.
+    pub taps: Vec<OwnedFd>,
+    /// Hardware address.
+    pub mac: String,
+    /// Largest packet.
+    pub mtu: u16,
+}
+
 /// How a guest ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -86,7 +97,7 @@ pub struct Ended {
 ///
 /// # Panics
 /// The VMM cannot be started.
-pub fn run_script(script: &str, cpus: u64, disks: &[Disk<'_>]) -> Ended {
+pub fn run_script(script: &str, cpus: u64, disks: &[Disk<'_>], nics: &[Nic]) -> Ended {
     let kernel = File::open(kernel()).expect("the guest kernel");
     let mut initramfs = memfd("initramfs").expect("memory");
     initramfs.write_all(&archive(script)).expect("memory");
@@ -110,6 +121,14 @@ pub fn run_script(script: &str, cpus: u64, disks: &[Disk<'_>]) -> Ended {
                 id: disk.id.to_owned(),
                 read_only: disk.read_only,
                 queues: disk.queues,
+            })
+            .collect(),
+        nics: nics
+            .iter()
+            .map(|nic| NicConfig {
+                tap_fds: nic.taps.iter().map(|tap| number(tap)).collect(),
+                mac: Mac::try_from(nic.mac.clone()).expect("a hardware address"),
+                mtu: nic.mtu,
             })
             .collect(),
         serial: Some(SerialConfig {

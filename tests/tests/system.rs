@@ -14,6 +14,8 @@ mod images;
 mod leaks;
 #[path = "system/ledger.rs"]
 mod ledger;
+#[path = "system/nics.rs"]
+mod nics;
 #[path = "system/phases.rs"]
 mod phases;
 #[path = "system/refusals.rs"]

@@ -24,6 +24,7 @@ use capsid_devices::GuestMemory;
 use capsid_devices::blk::{self, Disk, DiskError, DiskIo, DiskSetup, EngineKind};
 use capsid_devices::event::Poller;
 use capsid_devices::fs::{FD_BUDGET_MIN, ShareError, ShareSetup, spawn_share_threads};
+use capsid_devices::net::{self, Net, NetError, NetSetup};
 use capsid_devices::rng::Rng;
 use capsid_protocol::exit::VmmExit;
 use capsid_protocol::machine::{self, MachineConfig};
@@ -39,7 +40,7 @@ use vm_memory::{Bytes, GuestAddress};
 /// connections and for the VMM itself.
 const SHARE_FDS_MAX: usize = 12 * 1024;
 
-/// PCI functions besides disks and shares: pvpanic, rng, vsock.
+/// PCI functions besides disks, network cards and shares: pvpanic, rng, vsock.
 const ALWAYS_FUNCTIONS: usize = 3;
 
 const _: () = assert!(SHARE_FDS_MAX < jail::OPEN_FILES_MAX as usize);
@@ -48,6 +49,7 @@ const _: () = {
     assert!(machine::DISKS_MAX == blk::DISKS_MAX);
     assert!(machine::DISK_QUEUES_MAX == blk::DISK_QUEUES_MAX);
     assert!(machine::DISK_ID_MAX_BYTES == blk::DISK_ID_BYTES);
+    assert!(machine::NIC_PAIRS_MAX == net::PAIRS_MAX && machine::MTU_MIN == net::MTU_MIN);
 };
 
 /// Why a machine could not be put together.
@@ -89,6 +91,15 @@ pub enum AssembleError {
         #[source]
         cause: DiskError,
     },
+    /// A network card.
+    #[error("network card {mac} cannot be used")]
+    Nic {
+        /// Its hardware address.
+        mac: String,
+        /// Why.
+        #[source]
+        cause: NetError,
+    },
     /// The owner channel and its vsock device.
     #[error(transparent)]
     Channel(#[from] ChannelError),
@@ -114,7 +125,8 @@ impl AssembleError {
             AssembleError::Host { .. }
             | AssembleError::Board(_)
             | AssembleError::Share(_)
-            | AssembleError::Disk { .. } => VmmExit::Device,
+            | AssembleError::Disk { .. }
+            | AssembleError::Nic { .. } => VmmExit::Device,
             AssembleError::Jail(_)
             | AssembleError::Filter(_)
             | AssembleError::Vcpus(VcpusError::Filter(_)) => VmmExit::Jail,
@@ -153,7 +165,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
 
     let ends = Ends::new().map_err(host("make the eventfd of the end"))?;
     let poller = Arc::new(Poller::new().map_err(host("make the event loop"))?);
-    let functions = ALWAYS_FUNCTIONS + config.disks.len() + config.shares.len();
+    let functions = ALWAYS_FUNCTIONS + config.disks.len() + config.nics.len() + config.shares.len();
     let mut board = Board::new(&vm, &memory, functions);
     let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
     board.add_pvpanic(&ends)?;
@@ -169,6 +181,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         _ => None,
     };
     let disks = add_disks(&mut board, config, inherited.disks, &poller)?;
+    add_nics(&mut board, config, inherited.nics, &poller)?;
     add_shares(&mut board, config, inherited.shares)?;
     let (buses, virtio) = board.finish()?;
     phases.ended("devices");
@@ -244,6 +257,28 @@ fn start_disks(io: &DiskIo) -> Result<(), AssembleError> {
     let seal: blk::Seal = Arc::new(move || seccomp::confine(&filter).map_err(io::Error::other));
     io.start(&seal)
         .map_err(host("start the threads of the disks"))
+}
+
+/// Puts a device for each network card on the board.
+fn add_nics(
+    board: &mut Board<'_>,
+    config: &MachineConfig,
+    taps: Vec<Vec<OwnedFd>>,
+    poller: &Arc<Poller>,
+) -> Result<(), AssembleError> {
+    for (nic, taps) in config.nics.iter().zip(taps) {
+        let setup = NetSetup {
+            taps,
+            mac: nic.mac.bytes(),
+            mtu: nic.mtu,
+        };
+        let device = Net::new(setup, poller.clone()).map_err(|cause| {
+            let mac = nic.mac.into();
+            AssembleError::Nic { mac, cause }
+        })?;
+        board.add_virtio("virtio-net", Box::new(device))?;
+    }
+    Ok(())
 }
 
 /// Starts the threads of each share, which confine themselves here and now, and puts its device on the board.

@@ -52,6 +52,8 @@ pub struct Inherited {
     pub shares: Vec<OwnedFd>,
     /// The files of the disks, in the order of the configuration.
     pub disks: Vec<File>,
+    /// The tap devices of the network cards, in the order of the configuration.
+    pub nics: Vec<Vec<OwnedFd>>,
     /// Where the serial port writes.
     pub serial: Option<OwnedFd>,
     /// Where the report goes.
@@ -118,6 +120,7 @@ pub fn take(config_fd: RawFd) -> Result<Inherited, InheritError> {
     let owner = config.vsock.as_ref().map(|vsock| vsock.owner_fd);
     let shares = config.shares.iter();
     let disks = config.disks.iter();
+    let nics = config.nics.iter();
     Ok(Inherited {
         kernel: File::from(own("kernel_fd", config.kernel_fd)?),
         initramfs: own_some("initramfs_fd", config.initramfs_fd)?.map(File::from),
@@ -127,6 +130,9 @@ pub fn take(config_fd: RawFd) -> Result<Inherited, InheritError> {
             .collect::<Result<_, _>>()?,
         disks: disks
             .map(|disk| own("disk fd", disk.fd).map(File::from))
+            .collect::<Result<_, _>>()?,
+        nics: nics
+            .map(|nic| nic.tap_fds.iter().map(|fd| own("tap fd", *fd)).collect())
             .collect::<Result<_, _>>()?,
         serial: own_some("serial fd", config.serial.map(|serial| serial.fd))?,
         report: own_some("report_fd", config.report_fd)?,

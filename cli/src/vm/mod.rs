@@ -271,6 +271,7 @@ impl Inherited {
             }),
             shares: share.transpose()?.into_iter().collect(),
             disks: Vec::new(),
+            nics: Vec::new(),
             serial: console.map(|fd| SerialConfig { fd }),
             report_fd: Some(number(&self.report)?),
             jail: JailConfig {

@@ -8,9 +8,12 @@ use super::chain::{BadChain, Buffers, Table};
 use super::device::Interrupt;
 use crate::GuestMemory;
 use std::sync::Arc;
-use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use std::sync::atomic::{Ordering, fence};
+use virtio_bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
+};
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemory as _};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::state::QueueSettings;
@@ -73,6 +76,9 @@ pub struct ActiveQueue {
     pub kick: Arc<EventFd>,
     queue: Queue,
     indirect: bool,
+    event_idx: bool,
+    /// Where the used ring stood when the driver was last told, or had no wish to be.
+    told: u16,
 }
 
 impl ActiveQueue {
@@ -125,13 +131,16 @@ impl ActiveQueue {
             .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(settings.available)))
             .and_then(|()| queue.try_set_used_ring_address(GuestAddress(settings.used)))
             .map_err(misaligned)?;
-        queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
+        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        queue.set_event_idx(event_idx);
         queue.set_ready(true);
         Ok(ActiveQueue {
             index,
             kick,
             queue,
             indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+            event_idx,
+            told: 0,
         })
     }
 
@@ -242,14 +251,62 @@ impl ActiveQueue {
             .map_err(|cause| self.broken(cause))
     }
 
-    /// Whether the driver wants an interrupt for what was pushed since the last question.
+    /// Hands several chains back at once, each with its bytes written: the driver sees all of them or none, as it must the
+    /// buffers of one packet (section 5.1.6.4). No more than the queue is long.
+    ///
+    /// # Errors
+    /// The used ring cannot be written.
+    pub fn push_used_together(
+        &mut self,
+        memory: &GuestMemory,
+        chains: &[(u16, u32)],
+    ) -> Result<(), BrokenQueue> {
+        let Some((last, before)) = chains.split_last() else {
+            return Ok(());
+        };
+        // The driver looks no further than the index, which moves with the last one.
+        let first = self.queue.next_used();
+        let mut next = first;
+        for (head, bytes) in before {
+            // `struct virtq_used_elem`: the head, the bytes.
+            let element = [u32::from(*head).to_le(), bytes.to_le()];
+            memory
+                .write_obj(element, self.used_element(next))
+                .map_err(|cause| self.broken(virtio_queue::Error::GuestMemory(cause)))?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        let (head, bytes) = *last;
+        self.push_used(memory, head, bytes)
+    }
+
+    /// Where in the used ring the element with this index is.
+    fn used_element(&self, index: u16) -> GuestAddress {
+        let place = u64::from(index % self.queue.size());
+        // Inside the ring, which `new` has found to be in memory.
+        GuestAddress(self.queue.used_ring() + 4 + 8 * place)
+    }
+
+    /// Whether the driver wants an interrupt for what was pushed since the last question (section 2.7.7.2).
     ///
     /// # Errors
     /// The ring's event fields cannot be read.
     pub fn needs_notification(&mut self, memory: &GuestMemory) -> Result<bool, BrokenQueue> {
-        self.queue
-            .needs_notification(&**memory)
-            .map_err(|cause| self.broken(cause))
+        let (old, new) = (self.told, self.queue.next_used());
+        self.told = new;
+        // What was pushed is there before the driver is asked.
+        fence(Ordering::SeqCst);
+        let field = |offset| {
+            let at = GuestAddress(self.queue.avail_ring() + offset);
+            let field = memory.load(at, Ordering::Relaxed).map(u16::from_le);
+            field.map_err(|cause| self.broken(virtio_queue::Error::GuestMemory(cause)))
+        };
+        if !self.event_idx {
+            let flags = field(0)?;
+            return Ok(old != new && flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0);
+        }
+        let event: u16 = field(4 + 2 * u64::from(self.queue.size()))?;
+        Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
     /// Asks for kicks again; true if chains arrived meanwhile, and the device must look once more.

@@ -109,6 +109,7 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
             .transpose()?,
         shares: Vec::new(),
         disks: Vec::new(),
+        nics: Vec::new(),
         serial: if own {
             None
         } else {

@@ -65,6 +65,7 @@ fn a_file_system_on_a_disk_is_the_same_in_the_guest_and_on_the_host() {
             queues: 2,
             ..disk("data-1", &data)
         }],
+        &[],
     );
     let said = said(&ended);
     assert_eq!(said.len(), 4, "{ended:?}");
@@ -111,6 +112,7 @@ fn a_host_without_io_uring_has_disks_as_well() {
          say $(dd if=/dev/vda bs=1M count=6 iflag=direct 2>/dev/null | cmp - /tmp.bin && echo same)",
         2,
         &[disk("data", &data)],
+        &[],
     );
     assert_eq!(said(&ended), ["same"]);
 }
@@ -128,6 +130,7 @@ fn a_read_only_disk_cannot_be_written_and_is_unchanged() {
             read_only: true,
             ..disk("data", &data)
         }],
+        &[],
     );
     assert_eq!(said(&ended), ["1", "refused"]);
     assert!(
@@ -157,6 +160,7 @@ fn sixty_four_disks_are_there_in_their_order() {
          done",
         1,
         &disks,
+        &[],
     );
     let expected: Vec<String> = files
         .iter()

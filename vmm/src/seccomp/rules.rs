@@ -2,6 +2,7 @@
 //! we are or maps code.
 
 use super::{Rule, Test, When};
+use capsid_devices::net::TAP_SET_OFFLOAD;
 use libc::{
     AF_UNIX, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFL, FIONBIO, PROT_EXEC, SOL_SOCKET, SYS_brk,
     SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait, SYS_eventfd2,
@@ -67,7 +68,11 @@ pub(super) const EVERY_THREAD: &[Rule] = &[
 ];
 
 /// A vCPU's thread.
-pub(super) const VCPU: &[Rule] = &[when!(SYS_ioctl, 1, Test::Is(KVM_RUN))];
+pub(super) const VCPU: &[Rule] = &[
+    when!(SYS_ioctl, 1, Test::Is(KVM_RUN)),
+    // A network card is activated here, and then told what the driver takes.
+    when!(SYS_ioctl, 1, Test::Is(TAP_SET_OFFLOAD)),
+];
 
 /// The main thread.
 pub(super) const MAIN: &[Rule] = &[

@@ -1,0 +1,250 @@
+//! The network card (virtio 1.2 section 5.1).
+
+use super::features::{feature, offered, takes_large, tap_offload};
+use super::receive::PACKET_MAX_BYTES;
+use super::server::{Parts, Server};
+use super::tap::{HEADER_BYTES, Tap, TapError};
+use crate::event::EventLoop;
+use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
+use rustix::io::Errno;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, PoisonError};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU,
+};
+
+/// Device type 1: network card.
+const DEVICE_TYPE: u16 = 1;
+/// Most pairs of queues.
+pub const PAIRS_MAX: usize = 16;
+/// The largest size of a receive or transmit queue, and of the control queue.
+const QUEUE_SIZE: u16 = 256;
+const CONTROL_QUEUE_SIZE: u16 = 16;
+/// Least MTU of a card (section 5.1.4.1).
+pub const MTU_MIN: u16 = 68;
+/// Bytes of an Ethernet header with a VLAN tag.
+const ETHERNET_BYTES: usize = 18;
+
+/// Everything that a card is made of.
+#[derive(Debug)]
+pub struct NetSetup {
+    /// The queues of a tap device made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, 1 to [`PAIRS_MAX`]; more than one with
+    /// IFF_MULTI_QUEUE. The card has as many pairs of queues.
+    pub taps: Vec<OwnedFd>,
+    /// Hardware address, that of one station.
+    pub mac: [u8; 6],
+    /// Largest packet of the link without its Ethernet header, bytes.
+    pub mtu: u16,
+}
+
+/// Why a card cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum NetError {
+    /// Not a number of queues.
+    #[error("a card has 1 to {PAIRS_MAX} queues of a tap device, not {0}")]
+    Pairs(usize),
+    /// Not an address of one station.
+    #[error("hardware address {0:02x?} is that of a group or of nobody")]
+    Mac([u8; 6]),
+    /// Not an MTU.
+    #[error("an MTU of {0} is less than {MTU_MIN}")]
+    Mtu(u16),
+    /// A tap.
+    #[error("fd {fd} cannot be a card's tap device")]
+    Tap {
+        /// Which.
+        fd: RawFd,
+        /// Why.
+        #[source]
+        cause: TapError,
+    },
+}
+
+/// A network card.
+pub struct Net {
+    taps: Vec<Arc<Tap>>,
+    /// The taps can cut UDP packets.
+    uso: bool,
+    /// What the tap device was told last.
+    offload: u32,
+    mac: [u8; 6],
+    mtu: u16,
+    queue_sizes: Vec<u16>,
+    event_loop: Arc<dyn EventLoop>,
+    active: Option<Active>,
+}
+
+/// A card between activation and reset.
+struct Active {
+    server: Arc<Mutex<Server>>,
+    watched: Vec<RawFd>,
+    event_loop: Arc<dyn EventLoop>,
+}
+
+impl Net {
+    /// A card that works on `event_loop`.
+    ///
+    /// # Errors
+    /// See [`NetError`].
+    pub fn new(setup: NetSetup, event_loop: Arc<dyn EventLoop>) -> Result<Net, NetError> {
+        let pairs = setup.taps.len();
+        if !(1..=PAIRS_MAX).contains(&pairs) {
+            return Err(NetError::Pairs(pairs));
+        }
+        let [first, ..] = setup.mac;
+        if first & 1 != 0 || setup.mac == [0; 6] {
+            return Err(NetError::Mac(setup.mac));
+        }
+        if setup.mtu < MTU_MIN {
+            return Err(NetError::Mtu(setup.mtu));
+        }
+        let mut taps = Vec::with_capacity(pairs);
+        let mut uso = true;
+        for tap in setup.taps {
+            let fd = tap.as_raw_fd();
+            let (tap, can) = Tap::new(tap).map_err(|cause| NetError::Tap { fd, cause })?;
+            uso &= can;
+            taps.push(Arc::new(tap));
+        }
+        let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];
+        if pairs > 1 {
+            queue_sizes.push(CONTROL_QUEUE_SIZE);
+        }
+        Ok(Net {
+            taps,
+            uso,
+            offload: 0,
+            mac: setup.mac,
+            mtu: setup.mtu,
+            queue_sizes,
+            event_loop,
+            active: None,
+        })
+    }
+
+    /// Tells the tap device, which is one for all its queues, what it may leave to the guest. Only if that changes: it takes a lock
+    /// that the whole host has but once.
+    fn offload(&mut self, flags: u32) -> Result<(), DeviceError> {
+        let Some(tap) = self.taps.first().filter(|_| flags != self.offload) else {
+            return Ok(());
+        };
+        match tap.set_offload(flags) {
+            // A device that is gone takes no packets, and that is all.
+            Ok(()) | Err(Errno::BADFD) => {
+                self.offload = flags;
+                Ok(())
+            }
+            Err(errno) => Err(DeviceError::Io {
+                what: "set the offloads of a tap device",
+                cause: errno.into(),
+            }),
+        }
+    }
+
+    fn pairs(&self) -> u16 {
+        // At most PAIRS_MAX.
+        self.taps.len() as u16
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_type(&self) -> u16 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    fn features(&self) -> u64 {
+        let many = match self.pairs() {
+            1 => 0,
+            _ => feature(VIRTIO_NET_F_MQ) | feature(VIRTIO_NET_F_CTRL_VQ),
+        };
+        offered(self.uso)
+            | many
+            | feature(VIRTIO_NET_F_MAC)
+            | feature(VIRTIO_NET_F_MTU)
+            | feature(VIRTIO_NET_F_MRG_RXBUF)
+    }
+
+    /// `struct virtio_net_config` (section 5.1.4) up to the MTU.
+    fn config(&self) -> Vec<u8> {
+        let mut config = self.mac.to_vec();
+        config.extend_from_slice(&0u16.to_le_bytes()); // status: not offered
+        config.extend_from_slice(&self.pairs().to_le_bytes());
+        config.extend_from_slice(&self.mtu.to_le_bytes());
+        config
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let features = activation.features;
+        let has = |bit| features & feature(bit) != 0;
+        // Section 5.1.2: without MQ there is one pair, and the control queue comes behind it.
+        let pairs = if has(VIRTIO_NET_F_MQ) {
+            self.pairs()
+        } else {
+            1
+        };
+        let mut queues = activation.queues;
+        let control = 2 * usize::from(pairs);
+        queues.truncate(control + usize::from(has(VIRTIO_NET_F_CTRL_VQ)));
+        for index in [0, 1] {
+            if queues.get(index).is_none_or(Option::is_none) {
+                return Err(DeviceError::QueueMissing(index as u16));
+            }
+        }
+        self.offload(tap_offload(features))?;
+        for tap in &self.taps {
+            tap.discard();
+        }
+        let largest = match takes_large(features) {
+            true => PACKET_MAX_BYTES,
+            false => usize::from(self.mtu) + ETHERNET_BYTES + HEADER_BYTES,
+        };
+        let mut server = Server::new(Parts {
+            memory: activation.memory,
+            interrupt: activation.interrupt,
+            event_loop: self.event_loop.clone(),
+            taps: self.taps.clone(),
+            queues,
+            agreed: pairs,
+            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
+            largest,
+        });
+        let watched = server.watched();
+        // From here on a reset has something to undo, also if this fails half-way.
+        let active = self.active.insert(Active {
+            server: Arc::new(Mutex::new(server)),
+            watched: Vec::with_capacity(watched.len()),
+            event_loop: self.event_loop.clone(),
+        });
+        for (fd, interest, token) in watched {
+            self.event_loop
+                .watch(fd, interest, token, active.server.clone())
+                .map_err(|cause| DeviceError::Io {
+                    what: "watch the queues of a card",
+                    cause,
+                })?;
+            active.watched.push(fd);
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        self.active = None;
+        Ok(())
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        for fd in &self.watched {
+            self.event_loop.forget(*fd);
+        }
+        // Waits for what is being served; after it nothing touches guest memory.
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.stop();
+    }
+}

@@ -1,0 +1,158 @@
+//! A tap device, by one of its queues: one packet a call, with the header of virtio in front.
+//!
+//! `unsafe`: ioctls of the driver, and packets straight between guest memory and the kernel.
+#![allow(unsafe_code)]
+
+use super::features::{TUN_ALWAYS, TUN_USO};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+use rustix::io::Errno;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use vm_memory::VolatileSlice;
+
+/// Bytes of `struct virtio_net_hdr_v1` (section 5.1.6).
+pub(super) const HEADER_BYTES: usize = 12;
+/// Most vectors of one call (`UIO_MAXIOV`).
+pub(super) const VECTORS_MAX: usize = 1024;
+
+/// Most packets that are thrown away at once: twice what a tap device keeps, unless it was told to keep more.
+const DISCARDED_MAX: usize = 2000;
+
+/// `TUNSETOFFLOAD`, the one ioctl that is made after the guest has started.
+pub const TAP_SET_OFFLOAD: u32 = 0x4004_54d0;
+const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
+
+/// Why an fd cannot be a card's.
+#[derive(Debug, thiserror::Error)]
+pub enum TapError {
+    /// No tap device.
+    #[error("it is no queue of a tap device")]
+    NotTap(#[source] Errno),
+    /// Its packets have another form.
+    #[error("it has to be made with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, and has flags {0:#x}")]
+    Flags(u16),
+    /// A setting was refused.
+    #[error("cannot {0}")]
+    Set(&'static str, #[source] Errno),
+}
+
+/// One queue of a tap device.
+#[derive(Debug)]
+pub(super) struct Tap(OwnedFd);
+
+impl Tap {
+    /// Checks what it is, and sets it up: nothing is left to the guest yet. Also whether it can cut UDP packets.
+    ///
+    /// # Errors
+    /// See [`TapError`].
+    pub(super) fn new(fd: OwnedFd) -> Result<(Tap, bool), TapError> {
+        let tap = Tap(fd);
+        let flags = tap.flags().map_err(TapError::NotTap)?;
+        let form = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as u16;
+        if flags & form != form {
+            return Err(TapError::Flags(flags));
+        }
+        let status = fcntl_getfl(&tap.0).map_err(|e| TapError::Set("read its flags", e))?;
+        fcntl_setfl(&tap.0, status | OFlags::NONBLOCK)
+            .map_err(|e| TapError::Set("make it not block", e))?;
+        let size = HEADER_BYTES as libc::c_int;
+        // SAFETY: TUNSETVNETHDRSZ reads an int (drivers/net/tun.c).
+        let done = unsafe { libc::ioctl(tap.0.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) };
+        result(done as isize).map_err(|e| TapError::Set("set the size of its header", e))?;
+        let uso = tap.set_offload(TUN_ALWAYS | TUN_USO).is_ok();
+        tap.set_offload(0)
+            .map_err(|e| TapError::Set("set its offloads", e))?;
+        Ok((tap, uso))
+    }
+
+    fn flags(&self) -> Result<u16, Errno> {
+        // SAFETY: `struct ifreq` is plain data, for which zeroes are a value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // SAFETY: TUNGETIFF writes a `struct ifreq`.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), TUNGETIFF, &raw mut request) };
+        result(done as isize)?;
+        // SAFETY: TUNGETIFF has filled this member.
+        Ok(unsafe { request.ifr_ifru.ifru_flags } as u16)
+    }
+
+    /// What the tap may leave to who reads it, in its own flags.
+    ///
+    /// # Errors
+    /// It knows one of them not.
+    pub(super) fn set_offload(&self, flags: u32) -> Result<(), Errno> {
+        let request = libc::c_ulong::from(TAP_SET_OFFLOAD);
+        // SAFETY: TUNSETOFFLOAD takes a number and no pointer.
+        let done = unsafe { libc::ioctl(self.0.as_raw_fd(), request, libc::c_ulong::from(flags)) };
+        result(done as isize).map(|_| ())
+    }
+
+    /// Sends one packet with its header.
+    ///
+    /// # Errors
+    /// `AGAIN`: there is no room now. Anything else: the packet is none.
+    pub(super) fn send(&self, pieces: &[VolatileSlice<'_>]) -> Result<usize, Errno> {
+        let guards: Vec<_> = pieces
+            .iter()
+            .take(VECTORS_MAX)
+            .map(|piece| (piece.ptr_guard(), piece.len()))
+            .collect();
+        let vectors: Vec<libc::iovec> = guards
+            .iter()
+            .map(|(guard, len)| libc::iovec {
+                iov_base: guard.as_ptr().cast_mut().cast(),
+                iov_len: *len,
+            })
+            .collect();
+        let count = vectors.len() as libc::c_int;
+        // SAFETY: each vector lies whole inside guest memory (checked by `chain`), which `guards` keep mapped; the kernel
+        // only reads it.
+        let done = unsafe { libc::writev(self.0.as_raw_fd(), vectors.as_ptr(), count) };
+        result(done)
+    }
+
+    /// Receives one packet with its header into host memory.
+    ///
+    /// # Errors
+    /// `AGAIN`: there is none now.
+    pub(super) fn receive_to(&self, packet: &mut [u8]) -> Result<usize, Errno> {
+        rustix::io::read(&self.0, packet)
+    }
+
+    /// Throws away what waits to be received, which an earlier driver did not take.
+    pub(super) fn discard(&self) {
+        for _ in 0..DISCARDED_MAX {
+            // Too small for any packet, which is an error, but the packet is gone.
+            let read = rustix::io::read(&self.0, &mut [0; 1]);
+            if matches!(read, Err(Errno::AGAIN | Errno::BADFD)) {
+                return;
+            }
+        }
+    }
+
+    /// Receives one packet with its header; what does not fit is lost.
+    ///
+    /// # Errors
+    /// `AGAIN`: there is none now.
+    ///
+    /// # Safety
+    /// The vectors lie in memory that is mapped and that no Rust reference names.
+    pub(super) unsafe fn receive(&self, vectors: &[libc::iovec]) -> Result<usize, Errno> {
+        let count = vectors.len().min(VECTORS_MAX) as libc::c_int;
+        // SAFETY: the caller's promise.
+        let done = unsafe { libc::readv(self.0.as_raw_fd(), vectors.as_ptr(), count) };
+        result(done)
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+fn result(done: isize) -> Result<usize, Errno> {
+    usize::try_from(done).map_err(|_| {
+        let code = std::io::Error::last_os_error().raw_os_error();
+        Errno::from_raw_os_error(code.unwrap_or(libc::EIO))
+    })
+}
