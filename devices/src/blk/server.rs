@@ -9,30 +9,15 @@ use super::vectors::Vectors;
 use super::work::{Call, Work};
 use crate::GuestMemory;
 use crate::event::{Readiness, Subscriber};
-use crate::virtio::chain::{BadChain, Buffers};
+use crate::virtio::chain::Buffers;
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::{ActiveQueue, BrokenQueue};
+use crate::virtio::queue::{ActiveQueue, Broken};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::EventFd;
-
-/// The driver broke a queue; the device asks for a reset and serves that queue no more.
-struct Broken;
-
-impl From<BrokenQueue> for Broken {
-    fn from(_: BrokenQueue) -> Broken {
-        Broken
-    }
-}
-
-impl From<BadChain> for Broken {
-    fn from(_: BadChain) -> Broken {
-        Broken
-    }
-}
 
 /// What all requests of a disk are checked and answered with.
 pub(super) struct Terms {
@@ -234,7 +219,7 @@ impl Server {
         let written = answer(&ended.status, status, data, ended.room);
         match lane.queue.push_used(&self.memory, ended.head, written) {
             Ok(()) => Some(ended.queue),
-            Err(BrokenQueue { .. }) => {
+            Err(_) => {
                 self.broke(ended.queue);
                 None
             }

@@ -3,8 +3,7 @@
 use super::lent::Lent;
 use super::tap::{HEADER_BYTES, Tap};
 use crate::GuestMemory;
-use crate::virtio::chain::BadChain;
-use crate::virtio::queue::{ActiveQueue, BrokenQueue};
+use crate::virtio::queue::{ActiveQueue, Broken};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 
@@ -13,21 +12,6 @@ const PACKETS_PER_TURN: usize = 128;
 /// The largest packet that a tap hands over: 64 KiB less one, which is what an IP packet can be, its Ethernet header with a
 /// VLAN tag, and ours.
 pub(super) const PACKET_MAX_BYTES: usize = 65_535 + 18 + HEADER_BYTES;
-
-/// The driver broke the queue.
-pub(super) struct Broken;
-
-impl From<BrokenQueue> for Broken {
-    fn from(_: BrokenQueue) -> Broken {
-        Broken
-    }
-}
-
-impl From<BadChain> for Broken {
-    fn from(_: BadChain) -> Broken {
-        Broken
-    }
-}
 
 /// How a turn ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

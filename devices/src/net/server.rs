@@ -10,7 +10,7 @@ use super::transmit::{self, Transmit};
 use crate::GuestMemory;
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::ActiveQueue;
+use crate::virtio::queue::{ActiveQueue, Broken};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
@@ -186,7 +186,7 @@ impl Server {
                     receive::Turn::Over => self.feed(target),
                 }
             }
-            Err(receive::Broken) => {
+            Err(Broken) => {
                 self.broke(target, |pair| pair.receive = None);
                 self.watch(number, |interest| interest.readable = false);
             }
@@ -219,7 +219,7 @@ impl Server {
                 let blocked = turn == transmit::Turn::Blocked;
                 self.watch(number, |interest| interest.writable = blocked);
             }
-            Err(receive::Broken) => {
+            Err(Broken) => {
                 self.broke(number, |pair| pair.transmit = None);
                 self.watch(number, |interest| interest.writable = false);
             }

@@ -1,9 +1,9 @@
 //! A transmit queue: packets of the driver into a tap.
 
-use super::receive::{Broken, PACKET_MAX_BYTES};
+use super::receive::PACKET_MAX_BYTES;
 use super::tap::{HEADER_BYTES, Tap, VECTORS_MAX};
 use crate::GuestMemory;
-use crate::virtio::queue::ActiveQueue;
+use crate::virtio::queue::{ActiveQueue, Broken};
 use rustix::io::Errno;
 use vm_memory::VolatileSlice;
 

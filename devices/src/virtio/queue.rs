@@ -68,6 +68,22 @@ pub enum ServeError {
     },
 }
 
+/// The driver broke a queue, in whatever way: for devices that have nothing to tell of it but that they need a reset.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Broken;
+
+impl From<BrokenQueue> for Broken {
+    fn from(_: BrokenQueue) -> Broken {
+        Broken
+    }
+}
+
+impl From<BadChain> for Broken {
+    fn from(_: BadChain) -> Broken {
+        Broken
+    }
+}
+
 /// A queue between DRIVER_OK and reset.
 pub struct ActiveQueue {
     /// Which queue of the device it is.

@@ -1,6 +1,7 @@
 //! What a disk does for one that does not, and on a host that fails.
 
 use super::*;
+use proptest::prelude::*;
 
 #[test]
 fn refused_requests_leave_file_and_buffers_alone() {
@@ -326,4 +327,57 @@ fn a_disk_that_is_dropped_when_the_loop_has_ended_waits_for_nothing() {
     let since = Instant::now();
     drop(guest.driver);
     assert!(since.elapsed() < Duration::from_secs(1));
+}
+
+/// Descriptors that mostly lie in memory and mostly are a chain.
+fn descriptor() -> impl Strategy<Value = RawDescriptor> {
+    let addr = prop_oneof![8 => 0x1000u64..0x0100_0000, 1 => any::<u64>()];
+    let len = prop_oneof![4 => 0u32..2048, 2 => Just(16), 2 => Just(512), 1 => any::<u32>()];
+    let flags =
+        prop_oneof![3 => Just(NEXT), 3 => Just(NEXT | WRITE), 2 => Just(WRITE), 1 => 0u16..8];
+    let next = prop_oneof![8 => 0u16..8, 1 => any::<u16>()];
+    (addr, len, flags, next).prop_map(|(addr, len, flags, next)| RawDescriptor {
+        addr,
+        len,
+        flags,
+        next,
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Whatever a driver makes available, the disk stays as it was, and after a reset it serves.
+    #[test]
+    fn a_read_only_disk_survives_any_ring(
+        ring in prop::collection::vec(descriptor(), 1..8),
+        heads in prop::collection::vec(prop_oneof![8 => 0u16..8, 1 => any::<u16>()], 1..6),
+        kinds in prop::collection::vec(0u32..16, 16),
+        threads in any::<bool>(),
+    ) {
+        let whole = file(64 * SECTOR);
+        whole.write_all_at(&[7; 64 * SECTOR], 0).unwrap();
+        let kind = if threads { EngineKind::Threads } else { EngineKind::Best };
+        let Some(mut guest) = Guest::new(kind, whole, true, ALL) else {
+            return Ok(());
+        };
+        // Where a chain begins there is a request.
+        for (at, kind) in ring.iter().zip(&kinds) {
+            let _outside = guest.driver.memory().write_obj(*kind, GuestAddress(at.addr));
+        }
+        for head in heads {
+            guest.driver.add_raw(0, head, &ring);
+        }
+        guest.driver.kick(0);
+        for _ in 0..4 {
+            guest.poller.turn(Some(Duration::from_millis(1))).unwrap();
+        }
+        reset(&mut guest);
+        prop_assert_eq!(guest.driver.status(), 0);
+        prop_assert_eq!(guest.on_host(0, 64), vec![7; 64 * SECTOR]);
+        guest.driver.negotiate(guest.driver.offered() & ALL);
+        guest.driver.setup_queue(0, 16);
+        guest.driver.start();
+        let (status, _, data) = guest.ask(IN, 3, &[], SECTOR);
+        prop_assert_eq!((status, data), (OK, vec![7; SECTOR]));
+    }
 }

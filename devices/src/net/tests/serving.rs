@@ -1,0 +1,202 @@
+//! What a card does for a driver that keeps the rules.
+
+use super::*;
+
+#[test]
+fn packets_pass_both_ways() {
+    for features in [0, MRG_RXBUF, MRG_RXBUF | CSUM | GUEST_CSUM] {
+        let Some(mut guest) = Guest::new(1, MTU, features) else {
+            return;
+        };
+        guest.lend(RECEIVE, 4, 2048);
+        guest.send(b"to the guest");
+        let used = guest.received(RECEIVE);
+        assert_eq!(used.len as usize, HEADERS + 12);
+        assert_eq!(
+            (text(&used.data), buffers(&used.data)),
+            (&b"to the guest"[..], 1)
+        );
+        let packet = guest.packet(b"to the host");
+        let (first, second) = packet.split_at(20);
+        guest.driver.add(
+            TRANSMIT,
+            &[Buffer::Readable(first), Buffer::Readable(second)],
+        );
+        guest.driver.kick(TRANSMIT);
+        assert_eq!(guest.received(TRANSMIT).len, 0);
+        assert_eq!(guest.heard(), b"to the host");
+        guest.settle();
+    }
+}
+
+#[test]
+fn a_large_packet_fills_several_buffers_at_once() {
+    let Some(mut guest) = Guest::new(1, 9000, MRG_RXBUF) else {
+        return;
+    };
+    let large: Vec<u8> = (0..8000).map(|at| (at / 31) as u8).collect();
+    guest.lend(RECEIVE, 16, 1500);
+    guest.send(&large);
+    guest.send(b"next");
+    let first = guest.received(RECEIVE);
+    assert_eq!(
+        usize::from(buffers(&first.data)),
+        (HEADERS + 8000usize).div_ceil(1500)
+    );
+    let mut whole = first.data.clone();
+    for _ in 1..buffers(&first.data) {
+        // All of them are there as soon as the first is.
+        whole.extend(guest.driver.used(RECEIVE).expect("the next buffer").data);
+    }
+    assert_eq!(text(&whole), large);
+    let next = guest.received(RECEIVE);
+    assert_eq!((text(&next.data), buffers(&next.data)), (&b"next"[..], 1));
+}
+
+#[test]
+fn the_control_queue_sets_the_pairs_and_refuses_the_rest() {
+    let Some(mut guest) = Guest::new(2, MTU, MRG_RXBUF | CTRL_VQ | MQ) else {
+        return;
+    };
+    let control = 4;
+    for pairs in [1, 2, 1] {
+        assert_eq!(guest.command(control, &[4, 0, pairs, 0]), 0);
+    }
+    // More than there are; none; cut short; longer; offloads, which are not agreed on; unknown; nothing.
+    for bad in [
+        &[4, 0, 3, 0][..],
+        &[4, 0, 0, 0],
+        &[4, 0, 1],
+        &[4, 0, 1, 0, 0],
+        &[4, 1, 1, 0],
+        &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        &[0, 0, 1],
+        &[255, 255],
+        &[4],
+    ] {
+        assert_eq!(guest.command(control, bad), 1, "{bad:?}");
+    }
+    // Without room for the answer nobody is told.
+    guest
+        .driver
+        .add(control, &[Buffer::Readable(&[4, 0, 1, 0])]);
+    guest.driver.kick(control);
+    assert_eq!(guest.received(control).len, 0);
+}
+
+#[test]
+fn a_full_frame_fits_into_the_buffer_that_the_specification_asks_for() {
+    // Section 5.1.6.3.1: 1526 bytes without merging.
+    let Some(mut guest) = Guest::new(1, MTU, 0) else {
+        return;
+    };
+    guest.lend(RECEIVE, 4, 1526);
+    let full = [7; 1500 - 28];
+    guest.send(&full);
+    let used = guest.received(RECEIVE);
+    assert_eq!((used.len, text(&used.data)), (1526, &full[..]));
+}
+
+#[test]
+fn a_driver_that_lends_little_gets_what_fits() {
+    // Less than the largest packet that may come, and less than its queue holds.
+    for features in [MRG_RXBUF, MRG_RXBUF | GUEST_CSUM | GUEST_TSO4] {
+        let Some(mut guest) = Guest::new(1, 9000, features) else {
+            return;
+        };
+        guest.lend(RECEIVE, 4, 1000);
+        guest.send(b"small");
+        assert_eq!(text(&guest.received(RECEIVE).data), b"small");
+        // This one waits until there is room for it, and those behind it with it.
+        guest.send(&[3; 5000]);
+        guest.send(b"next");
+        guest.settle();
+        assert_eq!(guest.driver.used(RECEIVE), None);
+        guest.lend(RECEIVE, 4, 1000);
+        let mut whole = guest.received(RECEIVE).data;
+        for _ in 1..buffers(&whole) {
+            whole.extend(guest.driver.used(RECEIVE).expect("the next buffer").data);
+        }
+        assert_eq!(text(&whole), [3; 5000]);
+        assert_eq!(text(&guest.received(RECEIVE).data), b"next");
+    }
+}
+
+#[test]
+fn a_card_wakes_every_tap_that_feeds_a_queue() {
+    // Without EVENT_IDX, where one turn's wish for silence hides the kick that another waits for.
+    let Some(mut guest) = Guest::new(4, MTU, VERSION_1 | MRG_RXBUF) else {
+        return;
+    };
+    let flows: Vec<UdpSocket> = (0..16)
+        .map(|_| UdpSocket::bind((HOST, 0)).expect("a socket"))
+        .collect();
+    for _ in 0..20 {
+        for flow in &flows {
+            flow.send_to(b"flow", (GUEST, 9)).expect("sent");
+        }
+        for _ in 0..flows.len() {
+            guest.driver.add(RECEIVE, &[Buffer::Writable(2048)]);
+            if guest.driver.wants_kick(RECEIVE) {
+                guest.driver.kick(RECEIVE);
+            }
+            guest.turn();
+        }
+        for _ in 0..flows.len() {
+            assert_eq!(text(&guest.received(RECEIVE).data), b"flow");
+        }
+    }
+}
+
+#[test]
+fn with_several_queues_each_packet_comes_once() {
+    let Some(mut guest) = Guest::new(4, MTU, MRG_RXBUF | CTRL_VQ | MQ) else {
+        return;
+    };
+    let control = 8;
+    // The driver begins with one pair, whichever queue of the tap the host has chosen.
+    guest.lend(RECEIVE, 60, 2048);
+    for number in 0..20u8 {
+        let flow = UdpSocket::bind((HOST, 0)).expect("a socket");
+        flow.send_to(&[number], (GUEST, 9)).expect("sent");
+    }
+    let mut seen: Vec<u8> = (0..20)
+        .map(|_| text(&guest.received(RECEIVE).data)[0])
+        .collect();
+    seen.sort_unstable();
+    assert_eq!(seen, (0..20).collect::<Vec<_>>());
+    // Then with all of them.
+    assert_eq!(guest.command(control, &[4, 0, 4, 0]), 0);
+    for pair in 1..4 {
+        guest.lend(2 * pair, 30, 2048);
+    }
+    for number in 0..20u8 {
+        let flow = UdpSocket::bind((HOST, 0)).expect("a socket");
+        flow.send_to(&[number], (GUEST, 9)).expect("sent");
+    }
+    let mut seen = Vec::new();
+    let deadline = Instant::now() + Duration::from_millis(WAIT_MS);
+    while seen.len() < 20 {
+        assert!(Instant::now() < deadline, "only {seen:?}");
+        guest.poller.turn(Some(Duration::from_millis(10))).unwrap();
+        for pair in 0..4 {
+            while let Some(used) = guest.driver.used(2 * pair) {
+                seen.push(text(&used.data)[0]);
+            }
+        }
+    }
+    seen.sort_unstable();
+    assert_eq!(seen, (0..20).collect::<Vec<_>>());
+    guest.settle();
+}
+
+#[test]
+fn the_configuration_space_tells_what_there_is() {
+    let Some(guest) = Guest::new(4, 9000, 0) else {
+        return;
+    };
+    let config = guest.driver.device_config();
+    assert_eq!(config[..6], MAC);
+    assert_eq!(config[8..12], [4, 0, 0x28, 0x23]);
+    assert_eq!(guest.driver.queue_count(), 9);
+}
