@@ -17,6 +17,7 @@ pub mod pci;
 pub mod pvpanic;
 pub mod rng;
 pub mod serial;
+mod syscall;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod virtio;

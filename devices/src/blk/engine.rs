@@ -2,7 +2,7 @@
 //!
 //! Owns what a call works on while it is under way, so that nothing is freed under the kernel's hands: a disk gives its vectors
 //! away with the call and gets them back with the result, on the event loop. At most [`IN_FLIGHT_MAX`] calls are under way for
-//! all disks together; beyond that a disk leaves its queue alone and is kicked when there is room again.
+//! all disks together, [`DISK_IN_FLIGHT_MAX`] of one; beyond that a disk leaves its queue alone and is kicked when there is room again.
 
 use super::ring::Ring;
 use super::vectors::{RawVectors, Vectors};
@@ -142,7 +142,8 @@ pub enum EngineKind {
 }
 
 impl DiskIo {
-    /// An engine whose results are handed out on `event_loop`. It makes no call before [`DiskIo::start`].
+    /// An engine whose results are handed out on `event_loop`. Threads make no call before
+    /// [`DiskIo::start`].
     ///
     /// # Errors
     /// No eventfd, or it cannot be watched.
@@ -401,7 +402,7 @@ impl Drop for DiskIo {
     }
 }
 
-/// There are [`IN_FLIGHT_MAX`] calls under way.
+/// There is no room for one more call now.
 pub(super) struct NoRoom;
 
 /// The engine's place on the event loop.

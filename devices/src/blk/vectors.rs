@@ -185,10 +185,7 @@ pub(super) unsafe fn perform(fd: RawFd, call: Call, vectors: RawVectors) -> Resu
         // SAFETY: takes no pointer.
         Call::Sync => i64::from(unsafe { libc::fdatasync(fd) }),
     };
-    u64::try_from(done).map_err(|_| {
-        let code = std::io::Error::last_os_error().raw_os_error();
-        Errno::from_raw_os_error(code.unwrap_or(libc::EIO))
-    })
+    crate::syscall::count(done as isize).map(|moved| moved as u64)
 }
 
 #[cfg(test)]

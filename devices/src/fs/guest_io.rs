@@ -8,6 +8,7 @@
 //! references for a safe wrapper's sake, because the guest writes it while they would live.
 #![allow(unsafe_code)]
 
+use crate::syscall::count;
 use crate::virtio::chain;
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -163,12 +164,5 @@ fn cut<'s, 'm>(
             return None;
         }
         slice.subslice(from, take).ok()
-    })
-}
-
-fn count(done: isize) -> Result<usize, Errno> {
-    usize::try_from(done).map_err(|_| {
-        let code = std::io::Error::last_os_error().raw_os_error();
-        Errno::from_raw_os_error(code.unwrap_or(libc::EIO))
     })
 }

@@ -9,7 +9,7 @@
 //! | `server.rs` | a card between activation and reset: who is served when |
 //! | `device.rs` | the device: features, configuration space, activation, reset |
 //!
-//! Packets pass between guest memory and the tap without a copy and without a look at them: the host's kernel checks the header
+//! Packets pass between guest memory and the tap without a look at them, and without a copy unless the driver lends little: the host's kernel checks the header
 //! in front of each (`virtio_net_hdr_to_skb`), as it does for every other VMM. A packet that it refuses, or for which there is
 //! no room, is dropped, as networks do.
 

@@ -4,6 +4,7 @@
 #![allow(unsafe_code)]
 
 use super::features::{TUN_ALWAYS, TUN_USO};
+use crate::syscall::count;
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -58,7 +59,7 @@ impl Tap {
         let size = HEADER_BYTES as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads an int (drivers/net/tun.c).
         let done = unsafe { libc::ioctl(tap.0.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) };
-        result(done as isize).map_err(|e| TapError::Set("set the size of its header", e))?;
+        count(done as isize).map_err(|e| TapError::Set("set the size of its header", e))?;
         let uso = tap.set_offload(TUN_ALWAYS | TUN_USO).is_ok();
         tap.set_offload(0)
             .map_err(|e| TapError::Set("set its offloads", e))?;
@@ -70,7 +71,7 @@ impl Tap {
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
         // SAFETY: TUNGETIFF writes a `struct ifreq`.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), TUNGETIFF, &raw mut request) };
-        result(done as isize)?;
+        count(done as isize)?;
         // SAFETY: TUNGETIFF has filled this member.
         Ok(unsafe { request.ifr_ifru.ifru_flags } as u16)
     }
@@ -83,7 +84,7 @@ impl Tap {
         let request = libc::c_ulong::from(TAP_SET_OFFLOAD);
         // SAFETY: TUNSETOFFLOAD takes a number and no pointer.
         let done = unsafe { libc::ioctl(self.0.as_raw_fd(), request, libc::c_ulong::from(flags)) };
-        result(done as isize).map(|_| ())
+        count(done as isize).map(|_| ())
     }
 
     /// Sends one packet with its header.
@@ -103,11 +104,11 @@ impl Tap {
                 iov_len: *len,
             })
             .collect();
-        let count = vectors.len() as libc::c_int;
+        let length = vectors.len() as libc::c_int;
         // SAFETY: each vector lies whole inside guest memory (checked by `chain`), which `guards` keep mapped; the kernel
         // only reads it.
-        let done = unsafe { libc::writev(self.0.as_raw_fd(), vectors.as_ptr(), count) };
-        result(done)
+        let done = unsafe { libc::writev(self.0.as_raw_fd(), vectors.as_ptr(), length) };
+        count(done)
     }
 
     /// Receives one packet with its header into host memory.
@@ -137,10 +138,10 @@ impl Tap {
     /// # Safety
     /// The vectors lie in memory that is mapped and that no Rust reference names.
     pub(super) unsafe fn receive(&self, vectors: &[libc::iovec]) -> Result<usize, Errno> {
-        let count = vectors.len().min(VECTORS_MAX) as libc::c_int;
+        let length = vectors.len().min(VECTORS_MAX) as libc::c_int;
         // SAFETY: the caller's promise.
-        let done = unsafe { libc::readv(self.0.as_raw_fd(), vectors.as_ptr(), count) };
-        result(done)
+        let done = unsafe { libc::readv(self.0.as_raw_fd(), vectors.as_ptr(), length) };
+        count(done)
     }
 }
 
@@ -148,11 +149,4 @@ impl AsRawFd for Tap {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()
     }
-}
-
-fn result(done: isize) -> Result<usize, Errno> {
-    usize::try_from(done).map_err(|_| {
-        let code = std::io::Error::last_os_error().raw_os_error();
-        Errno::from_raw_os_error(code.unwrap_or(libc::EIO))
-    })
 }

@@ -35,6 +35,8 @@ mod queue;
 mod routes;
 
 pub use driver::{Driver, Region, WAIT_MS, sweep};
+#[cfg(test)]
+pub(crate) use queue::any_descriptor;
 pub use queue::{Buffer, RawDescriptor, Used};
 pub use routes::FakeRoutes;
 

@@ -41,6 +41,23 @@ impl RawDescriptor {
     }
 }
 
+/// Descriptors that mostly lie in memory and mostly are a chain.
+#[cfg(test)]
+pub(crate) fn any_descriptor() -> impl proptest::strategy::Strategy<Value = RawDescriptor> {
+    use proptest::prelude::*;
+    let addr = prop_oneof![8 => 0x1000u64..0x0100_0000, 1 => any::<u64>()];
+    let len = prop_oneof![4 => 0u32..2048, 2 => 0u32..20, 2 => Just(512), 1 => any::<u32>()];
+    let flags =
+        prop_oneof![3 => Just(NEXT), 3 => Just(NEXT | WRITE), 2 => Just(WRITE), 1 => 0u16..8];
+    let next = prop_oneof![8 => 0u16..8, 1 => any::<u16>()];
+    (addr, len, flags, next).prop_map(|(addr, len, flags, next)| RawDescriptor {
+        addr,
+        len,
+        flags,
+        next,
+    })
+}
+
 /// A chain that came back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Used {

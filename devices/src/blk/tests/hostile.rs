@@ -1,6 +1,7 @@
 //! What a disk does for one that does not, and on a host that fails.
 
 use super::*;
+use crate::testing::any_descriptor;
 use proptest::prelude::*;
 
 #[test]
@@ -329,27 +330,12 @@ fn a_disk_that_is_dropped_when_the_loop_has_ended_waits_for_nothing() {
     assert!(since.elapsed() < Duration::from_secs(1));
 }
 
-/// Descriptors that mostly lie in memory and mostly are a chain.
-fn descriptor() -> impl Strategy<Value = RawDescriptor> {
-    let addr = prop_oneof![8 => 0x1000u64..0x0100_0000, 1 => any::<u64>()];
-    let len = prop_oneof![4 => 0u32..2048, 2 => Just(16), 2 => Just(512), 1 => any::<u32>()];
-    let flags =
-        prop_oneof![3 => Just(NEXT), 3 => Just(NEXT | WRITE), 2 => Just(WRITE), 1 => 0u16..8];
-    let next = prop_oneof![8 => 0u16..8, 1 => any::<u16>()];
-    (addr, len, flags, next).prop_map(|(addr, len, flags, next)| RawDescriptor {
-        addr,
-        len,
-        flags,
-        next,
-    })
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
     /// Whatever a driver makes available, the disk stays as it was, and after a reset it serves.
     #[test]
     fn a_read_only_disk_survives_any_ring(
-        ring in prop::collection::vec(descriptor(), 1..8),
+        ring in prop::collection::vec(any_descriptor(), 1..8),
         heads in prop::collection::vec(prop_oneof![8 => 0u16..8, 1 => any::<u16>()], 1..6),
         kinds in prop::collection::vec(0u32..16, 16),
         threads in any::<bool>(),

@@ -1,6 +1,7 @@
 //! What a card does for one that does not, and under a flood.
 
 use super::*;
+use crate::testing::any_descriptor;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -200,26 +201,12 @@ fn what_cannot_be_a_card_is_refused() {
     assert!(refused(vec![null()], MAC, MTU).contains("no queue of a tap"));
 }
 
-/// Descriptors that mostly lie in memory and mostly are a chain.
-fn descriptor() -> impl Strategy<Value = RawDescriptor> {
-    let addr = prop_oneof![8 => 0x1000u64..0x0100_0000, 1 => any::<u64>()];
-    let len = prop_oneof![4 => 0u32..2048, 2 => 0u32..20, 1 => any::<u32>()];
-    let flags = prop_oneof![2 => 0u16..4, 1 => 0u16..8];
-    let next = prop_oneof![8 => 0u16..8, 1 => any::<u16>()];
-    (addr, len, flags, next).prop_map(|(addr, len, flags, next)| RawDescriptor {
-        addr,
-        len,
-        flags,
-        next,
-    })
-}
-
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(48))]
     /// Whatever a driver makes available, the loop rests, and after a reset packets pass.
     #[test]
     fn a_card_survives_any_ring(
-        ring in prop::collection::vec(descriptor(), 1..8),
+        ring in prop::collection::vec(any_descriptor(), 1..8),
         heads in prop::collection::vec(prop_oneof![8 => 0u16..8, 1 => any::<u16>()], 1..6),
         bytes in prop::collection::vec(any::<u64>(), 8),
         queue in 0u16..5,
