@@ -1,12 +1,14 @@
 //! What two Capsid processes must agree on, and nothing else: types and their parsers, no I/O.
 //!
 //! - [`machine`]: the configuration that an owner hands to a VMM.
+//! - [`control`]: what an owner asks of a VMM while it runs.
 //! - [`vsock`]: ports, the owner channel, the header of a stream.
 //! - [`exec_error`]: how the agent says that a program could not be executed (127, 126).
 //! - [`exit`]: the exit codes of a VMM.
 //! - [`report`]: what a VMM says of its run when it ends.
 //! - [`agent`]: the guest agent's ttrpc service, generated from `proto/agent.proto`.
 
+pub mod control;
 pub mod exec_error;
 pub mod exit;
 pub mod machine;

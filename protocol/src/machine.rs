@@ -284,7 +284,7 @@ impl From<Mac> for String {
     }
 }
 
-fn one_queue() -> u8 {
+pub(crate) fn one_queue() -> u8 {
     1
 }
 
@@ -475,12 +475,9 @@ impl MachineConfig {
         at_most("disks", self.disks.len(), DISKS_MAX)?;
         let mut ids = BTreeSet::new();
         for disk in &self.disks {
-            let id = disk.id.as_str();
-            if !is_id(id) || id.len() > DISK_ID_MAX_BYTES || !ids.insert(id) {
+            check_disk(&disk.id, disk.queues)?;
+            if !ids.insert(&disk.id) {
                 return Err(ConfigError::DiskId(disk.id.clone()));
-            }
-            if !(1..=DISK_QUEUES_MAX).contains(&disk.queues) {
-                return Err(ConfigError::DiskQueues(disk.queues));
             }
         }
         Ok(())
@@ -493,14 +490,31 @@ impl MachineConfig {
             if !(1..=NIC_PAIRS_MAX).contains(&nic.tap_fds.len()) {
                 return Err(ConfigError::NicQueues(nic.tap_fds.len()));
             }
-            if nic.mtu < MTU_MIN {
-                return Err(ConfigError::Mtu(nic.mtu));
-            }
+            check_mtu(nic.mtu)?;
             if !macs.insert(nic.mac) {
                 return Err(ConfigError::MacTwice(nic.mac.into()));
             }
         }
         Ok(())
+    }
+}
+
+/// Checks what a disk is called and how many queues it has.
+pub(crate) fn check_disk(id: &str, queues: u8) -> Result<(), ConfigError> {
+    if !is_id(id) || id.len() > DISK_ID_MAX_BYTES {
+        return Err(ConfigError::DiskId(id.to_owned()));
+    }
+    if !(1..=DISK_QUEUES_MAX).contains(&queues) {
+        return Err(ConfigError::DiskQueues(queues));
+    }
+    Ok(())
+}
+
+/// Checks the MTU of a network card.
+pub(crate) fn check_mtu(mtu: u16) -> Result<(), ConfigError> {
+    match mtu {
+        MTU_MIN.. => Ok(()),
+        _ => Err(ConfigError::Mtu(mtu)),
     }
 }
 
