@@ -8,6 +8,7 @@
 
 pub mod blk;
 pub mod bus;
+pub mod counters;
 pub mod event;
 pub mod fs;
 pub mod i8042;

@@ -7,8 +7,9 @@
 //! ignored.
 
 use crate::GuestMemory;
+use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
-use crate::virtio::chain::{Buffers, Writable};
+use crate::virtio::chain::Writable;
 use crate::virtio::device::{Activation, DeviceError, Interrupt, VirtioDevice};
 use crate::virtio::queue::ActiveQueue;
 use std::io::Write;
@@ -26,14 +27,24 @@ const DEVICE_TYPE: u16 = 4;
 /// Bytes made at once: getrandom(2) is not interrupted by signals up to 256.
 const BLOCK_BYTES: usize = 256;
 
+counters! {
+    /// What the driver got.
+    RngCounters {
+        /// Random bytes.
+        bytes,
+    }
+}
+
 /// The device.
 pub struct Rng {
+    counters: Arc<RngCounters>,
     event_loop: Arc<dyn EventLoop>,
     /// What the loop calls between activation and reset.
     active: Option<Arc<Mutex<Server>>>,
 }
 
 struct Server {
+    counters: Arc<RngCounters>,
     memory: GuestMemory,
     /// Gone after a reset: an event that is being delivered then may be of the next activation.
     kick: Option<Arc<EventFd>>,
@@ -46,6 +57,7 @@ impl Rng {
     /// A device that will work on `event_loop`.
     pub fn new(event_loop: Arc<dyn EventLoop>) -> Rng {
         Rng {
+            counters: Arc::default(),
             event_loop,
             active: None,
         }
@@ -69,11 +81,16 @@ impl VirtioDevice for Rng {
         Vec::new()
     }
 
+    fn counters(&self) -> Arc<dyn Counters> {
+        self.counters.clone()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let queue = activation.queues.into_iter().next().flatten();
         let queue = queue.ok_or(DeviceError::QueueMissing(0))?;
         let kick = queue.kick.as_raw_fd();
         let server = Arc::new(Mutex::new(Server {
+            counters: self.counters.clone(),
             memory: activation.memory,
             kick: Some(Arc::clone(&queue.kick)),
             interrupt: activation.interrupt,
@@ -116,17 +133,17 @@ impl Subscriber for Server {
         let Some(queue) = &mut self.queue else {
             return;
         };
-        let served = queue.serve(&self.memory, &*self.interrupt, answer);
+        let served = queue.serve(&self.memory, &*self.interrupt, |mut buffers| {
+            fill(&mut buffers.writable);
+            let written = buffers.writable.written();
+            self.counters.bytes.add(u64::from(written));
+            written
+        });
         if served.is_err() {
             self.queue = None;
             self.interrupt.needs_reset();
         }
     }
-}
-
-fn answer(mut buffers: Buffers<'_>) -> u32 {
-    fill(&mut buffers.writable);
-    buffers.writable.written()
 }
 
 fn fill(writable: &mut Writable<'_>) {

@@ -5,7 +5,8 @@ use super::engine::{DISKS_MAX, DiskIo};
 use super::request::{
     DISCARD_SECTORS_MAX, ID_BYTES, Limits, RANGES_MAX, SECTOR_BYTES, WRITE_ZEROES_SECTORS_MAX,
 };
-use super::server::{Results, Server, Terms, lock, wait_until_idle};
+use super::server::{DiskCounters, Results, Server, Terms, lock, wait_until_idle};
+use crate::counters::Counters;
 use crate::event::{EventLoop, Interest};
 use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
 use std::fs::File;
@@ -76,6 +77,7 @@ pub struct Disk {
     /// The disk's number in the engine.
     number: u8,
     event_loop: Arc<dyn EventLoop>,
+    counters: Arc<DiskCounters>,
     active: Option<Active>,
 }
 
@@ -118,6 +120,7 @@ impl Disk {
             io,
             number,
             event_loop,
+            counters: Arc::default(),
             active: None,
         })
     }
@@ -175,6 +178,10 @@ impl VirtioDevice for Disk {
         config
     }
 
+    fn counters(&self) -> Arc<dyn Counters> {
+        self.counters.clone()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let has = |bit| activation.features & feature(bit) != 0;
         let mq = has(VIRTIO_BLK_F_MQ);
@@ -188,6 +195,7 @@ impl VirtioDevice for Disk {
             limits,
             durable: !has(VIRTIO_BLK_F_FLUSH),
             id: self.id,
+            counters: self.counters.clone(),
         };
         let mut queues = activation.queues;
         if !mq {
@@ -251,6 +259,13 @@ impl VirtioDevice for Disk {
         }
         self.active = None;
         Ok(())
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        self.active = None;
+        self.io.detach(self.number);
     }
 }
 

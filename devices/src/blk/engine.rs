@@ -201,8 +201,7 @@ impl DiskIo {
         matches!(self.backend, Backend::Ring(_))
     }
 
-    /// Takes a disk in; returns its number. Before the threads of the VM are confined: it is the one call that registers
-    /// anything.
+    /// Takes a disk in; returns its number.
     ///
     /// # Errors
     /// There are [`DISKS_MAX`] already, or the ring refused the file.
@@ -221,6 +220,26 @@ impl DiskIo {
             });
         }
         Ok(number as u8)
+    }
+
+    /// Lets a disk go that nobody serves any more; its number may be another's from now on. While calls of it are under way it
+    /// stays, with its file.
+    pub(super) fn detach(&self, number: u8) {
+        let mut table = self.lock();
+        let Some(place) = table.disks.get_mut(usize::from(number)) else {
+            return;
+        };
+        if place.as_ref().is_none_or(|attached| attached.under_way > 0) {
+            return;
+        }
+        if let Backend::Ring(ring) = &self.backend {
+            if ring.set_file(number, -1).is_err() {
+                // It still has the file, so the number cannot be another's.
+                return;
+            }
+        }
+        *place = None;
+        table.stalled.retain(|(disk, _)| *disk != number);
     }
 
     /// Who gets the results of a disk's calls from now on; with `None` they are dropped.

@@ -64,7 +64,7 @@ impl Ring {
         Ok(Ring(Mutex::new(ring)))
     }
 
-    /// Gives disk number `disk` its file.
+    /// Gives disk number `disk` its file, or takes it away (-1).
     ///
     /// # Errors
     /// The kernel refused.

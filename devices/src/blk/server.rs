@@ -8,6 +8,7 @@ use super::request::{ID_BYTES, Limits, Request, Status};
 use super::vectors::Vectors;
 use super::work::{Call, Work};
 use crate::GuestMemory;
+use crate::counters::counters;
 use crate::event::{Readiness, Subscriber};
 use crate::virtio::chain::Buffers;
 use crate::virtio::device::Interrupt;
@@ -19,6 +20,57 @@ use std::time::Duration;
 use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::EventFd;
 
+counters! {
+    /// Requests, as they are begun and answered.
+    DiskCounters {
+        /// IN.
+        reads,
+        /// Bytes that they ask for.
+        read_bytes,
+        /// OUT.
+        writes,
+        /// Bytes that they bring.
+        written_bytes,
+        /// FLUSH.
+        flushes,
+        /// DISCARD.
+        discards,
+        /// WRITE_ZEROES.
+        write_zeroes,
+        /// Answered with IOERR: the host's file failed, or the request makes no sense.
+        errors,
+        /// Answered with UNSUPP.
+        unsupported,
+    }
+}
+
+impl DiskCounters {
+    fn begun(&self, request: &Request) {
+        match request {
+            Request::Read(extent) => {
+                self.reads.add(1);
+                self.read_bytes.add(extent.length);
+            }
+            Request::Write(extent) => {
+                self.writes.add(1);
+                self.written_bytes.add(extent.length);
+            }
+            Request::Flush => self.flushes.add(1),
+            Request::Discard(_) => self.discards.add(1),
+            Request::WriteZeroes(_) => self.write_zeroes.add(1),
+            Request::Identify => {}
+        }
+    }
+
+    fn answered(&self, status: Status) {
+        match status {
+            Status::Ok => {}
+            Status::IoError => self.errors.add(1),
+            Status::Unsupported => self.unsupported.add(1),
+        }
+    }
+}
+
 /// What all requests of a disk are checked and answered with.
 pub(super) struct Terms {
     pub(super) limits: Limits,
@@ -26,6 +78,7 @@ pub(super) struct Terms {
     pub(super) durable: bool,
     /// What GET_ID answers, padded with NUL.
     pub(super) id: [u8; ID_BYTES],
+    pub(super) counters: Arc<DiskCounters>,
 }
 
 /// A request under way.
@@ -217,6 +270,7 @@ impl Server {
         let filled = status == Status::Ok && ended.work.is_read();
         let data = if filled { ended.room } else { 0 };
         let written = answer(&ended.status, status, data, ended.room);
+        self.terms.counters.answered(status);
         match lane.queue.push_used(&self.memory, ended.head, written) {
             Ok(()) => Some(ended.queue),
             Err(_) => {
@@ -318,6 +372,10 @@ fn begin(
         return Begun::Answered(0);
     };
     let request = Request::parse(&mut buffers.readable, room, terms.limits);
+    match &request {
+        Ok(request) => terms.counters.begun(request),
+        Err(refused) => terms.counters.answered(*refused),
+    }
     let mut data = Vec::new();
     let mut left = room;
     while let Some(piece) = buffers.writable.next_piece(left) {
@@ -406,6 +464,7 @@ mod tests {
             },
             durable: false,
             id: [0; ID_BYTES],
+            counters: Arc::default(),
         };
         let memory = memory(&[(0, 4096)]);
         let mut server = Server::new(memory, Arc::new(Nobody), vec![None], terms, (io, 0));

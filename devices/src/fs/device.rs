@@ -4,6 +4,7 @@ use super::confine::{ConfineError, drop_privileges, enter_tree, open_root, own_w
 use super::server::Server;
 use super::session::FdBudget;
 use super::threads::Pool;
+use crate::counters::Counters;
 use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
 use nix::sys::signal::SigSet;
 use std::io;
@@ -295,6 +296,10 @@ impl VirtioDevice for VirtioFs {
         config.resize(TAG_MAX_BYTES, 0);
         config.extend_from_slice(&(QUEUE_SIZES.len() as u32 - 1).to_le_bytes());
         config
+    }
+
+    fn counters(&self) -> Arc<dyn Counters> {
+        self.pool.server().counters()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

@@ -9,9 +9,24 @@ use super::directory::ENTRIES_MAX_BYTES;
 use super::guest_io::Buffers;
 use super::request::{Header, Init, Op, REQUEST_MAX_BYTES, parse};
 use super::session::{FdBudget, Scratch, Served, Session, put_init};
+use crate::counters::{Counters, counters};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError};
+
+counters! {
+    /// Requests that were served.
+    FsCounters {
+        /// All.
+        requests,
+        /// Those that were answered with an error, of which a name that is not there is the most common.
+        errors,
+        /// Bytes of files that were read.
+        read_bytes,
+        /// Bytes that WRITE brought.
+        written_bytes,
+    }
+}
 
 /// The share, as its threads see it after they were confined.
 pub(crate) struct Server {
@@ -19,6 +34,7 @@ pub(crate) struct Server {
     proc_fds: Arc<OwnedFd>,
     budget: FdBudget,
     session: Mutex<Option<Arc<Session>>>,
+    counters: Arc<FsCounters>,
 }
 
 impl Scratch {
@@ -40,7 +56,13 @@ impl Server {
             proc_fds,
             budget,
             session: Mutex::new(None),
+            counters: Arc::default(),
         }
+    }
+
+    /// What it counts.
+    pub(crate) fn counters(&self) -> Arc<dyn Counters> {
+        self.counters.clone()
     }
 
     /// Ends the session: its nodes and open files go, once no request uses them.
@@ -65,6 +87,12 @@ impl Server {
             None => 0,
         };
         let served = self.answer(&header, buffers, room, scratch);
+        self.counters.requests.add(1);
+        match &served {
+            Ok(Served::Data(bytes)) => self.counters.read_bytes.add(*bytes as u64),
+            Ok(Served::Payload) => {}
+            Err(_) => self.counters.errors.add(1),
+        }
         if !wants_reply {
             return 0;
         }
@@ -99,7 +127,10 @@ impl Server {
         // The data of a WRITE stays where it is.
         let (args, data) = match header.opcode {
             abi::opcode::WRITE => match behind.checked_sub(abi::WRITE_IN_BYTES) {
-                Some(data) => (abi::WRITE_IN_BYTES, data),
+                Some(data) => {
+                    self.counters.written_bytes.add(data as u64);
+                    (abi::WRITE_IN_BYTES, data)
+                }
                 None => return Err(Errno::INVAL),
             },
             _ if behind > REQUEST_MAX_BYTES => return Err(Errno::TOOBIG),

@@ -67,7 +67,6 @@ impl Pool {
         }
     }
 
-    #[cfg(test)]
     pub(crate) fn server(&self) -> &Server {
         &self.server
     }

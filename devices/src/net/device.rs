@@ -1,9 +1,11 @@
 //! The network card (virtio 1.2 section 5.1).
 
 use super::features::{feature, offered, takes_large, tap_offload};
+use super::link::{Link, Live};
 use super::receive::PACKET_MAX_BYTES;
-use super::server::{Parts, Server};
+use super::server::{NetCounters, Parts, Server};
 use super::tap::{HEADER_BYTES, Tap, TapError};
+use crate::counters::Counters;
 use crate::event::EventLoop;
 use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
 use rustix::io::Errno;
@@ -11,7 +13,7 @@ use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
 
 /// Device type 1: network card.
@@ -72,6 +74,8 @@ pub struct Net {
     mtu: u16,
     queue_sizes: Vec<u16>,
     event_loop: Arc<dyn EventLoop>,
+    link: Link,
+    counters: Arc<NetCounters>,
     active: Option<Active>,
 }
 
@@ -80,6 +84,7 @@ struct Active {
     server: Arc<Mutex<Server>>,
     watched: Vec<RawFd>,
     event_loop: Arc<dyn EventLoop>,
+    link: Link,
 }
 
 impl Net {
@@ -119,8 +124,15 @@ impl Net {
             mtu: setup.mtu,
             queue_sizes,
             event_loop,
+            link: Link::new(),
+            counters: Arc::default(),
             active: None,
         })
+    }
+
+    /// Its cable.
+    pub fn link(&self) -> Link {
+        self.link.clone()
     }
 
     /// Tells the tap device, which is one for all its queues, what it may leave to the guest. Only if that changes: it takes a lock
@@ -166,16 +178,22 @@ impl VirtioDevice for Net {
             | many
             | feature(VIRTIO_NET_F_MAC)
             | feature(VIRTIO_NET_F_MTU)
+            | feature(VIRTIO_NET_F_STATUS)
             | feature(VIRTIO_NET_F_MRG_RXBUF)
     }
 
     /// `struct virtio_net_config` (section 5.1.4) up to the MTU.
     fn config(&self) -> Vec<u8> {
         let mut config = self.mac.to_vec();
-        config.extend_from_slice(&0u16.to_le_bytes()); // status: not offered
+        let status = u16::from(self.link.is_up()) * VIRTIO_NET_S_LINK_UP as u16;
+        config.extend_from_slice(&status.to_le_bytes());
         config.extend_from_slice(&self.pairs().to_le_bytes());
         config.extend_from_slice(&self.mtu.to_le_bytes());
         config
+    }
+
+    fn counters(&self) -> Arc<dyn Counters> {
+        self.counters.clone()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
@@ -205,13 +223,14 @@ impl VirtioDevice for Net {
         };
         let mut server = Server::new(Parts {
             memory: activation.memory,
-            interrupt: activation.interrupt,
+            interrupt: activation.interrupt.clone(),
             event_loop: self.event_loop.clone(),
             taps: self.taps.clone(),
             queues,
             agreed: pairs,
             mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
             largest,
+            counters: self.counters.clone(),
         });
         let watched = server.watched();
         // From here on a reset has something to undo, also if this fails half-way.
@@ -219,6 +238,12 @@ impl VirtioDevice for Net {
             server: Arc::new(Mutex::new(server)),
             watched: Vec::with_capacity(watched.len()),
             event_loop: self.event_loop.clone(),
+            link: self.link.clone(),
+        });
+        self.link.attach(Live {
+            server: active.server.clone(),
+            interrupt: activation.interrupt,
+            told: has(VIRTIO_NET_F_STATUS),
         });
         for (fd, interest, token) in watched {
             self.event_loop
@@ -240,6 +265,7 @@ impl VirtioDevice for Net {
 
 impl Drop for Active {
     fn drop(&mut self) {
+        self.link.detach();
         for fd in &self.watched {
             self.event_loop.forget(*fd);
         }

@@ -6,6 +6,7 @@
 //! | `tap.rs` | the tap device: its settings, a packet in, a packet out |
 //! | `lent.rs` | buffers that the driver lent for packets to come |
 //! | `receive.rs`, `transmit.rs`, `control.rs` | the three kinds of queues |
+//! | `link.rs` | the cable, to be pulled and plugged |
 //! | `server.rs` | a card between activation and reset: who is served when |
 //! | `device.rs` | the device: features, configuration space, activation, reset |
 //!
@@ -17,12 +18,14 @@ mod control;
 mod device;
 mod features;
 mod lent;
+mod link;
 mod receive;
 mod server;
 mod tap;
 mod transmit;
 
 pub use device::{MTU_MIN, Net, NetError, NetSetup, PAIRS_MAX};
+pub use link::Link;
 pub use tap::{TAP_SET_OFFLOAD, TapError};
 
 #[cfg(test)]

@@ -1,10 +1,12 @@
 //! A receive queue: packets of a tap into the buffers that the driver lends.
 
 use super::lent::Lent;
+use super::server::NetCounters;
 use super::tap::{HEADER_BYTES, Tap};
 use crate::GuestMemory;
 use crate::virtio::queue::{ActiveQueue, Broken};
 use rustix::io::Errno;
+use std::sync::Arc;
 use vm_memory::VolatileSlice;
 
 /// Most packets of one turn; then others get theirs.
@@ -32,6 +34,7 @@ pub(super) struct Receive {
     largest: usize,
     /// A packet that waits for the driver to lend more.
     held: Option<Vec<u8>>,
+    counters: Arc<NetCounters>,
 }
 
 impl Receive {
@@ -40,6 +43,7 @@ impl Receive {
         memory: GuestMemory,
         mergeable: bool,
         largest: usize,
+        counters: Arc<NetCounters>,
     ) -> Receive {
         Receive {
             queue,
@@ -47,6 +51,7 @@ impl Receive {
             mergeable,
             largest,
             held: None,
+            counters,
         }
     }
 
@@ -73,13 +78,16 @@ impl Receive {
                 Ok(Some(bytes)) => {
                     let chains = self.lent.take(bytes);
                     self.queue.push_used_together(memory, &chains)?;
+                    self.counters.rx_packets.add(1);
+                    self.counters.rx_bytes.add(bytes as u64);
                 }
                 Ok(None) => {
                     turn = Turn::Starved;
                     break;
                 }
-                // No packet, or one that did not fit or is larger than agreed on: it is lost.
-                Err(Errno::INTR | Errno::MSGSIZE) => {}
+                Err(Errno::INTR) => {}
+                // It did not fit, or is larger than agreed on.
+                Err(Errno::MSGSIZE) => self.counters.rx_dropped.add(1),
                 // None is there; or the tap is going away, of which the loop is told by a hang-up.
                 Err(_) => break,
             }

@@ -8,12 +8,31 @@ use super::receive::{self, Receive};
 use super::tap::Tap;
 use super::transmit::{self, Transmit};
 use crate::GuestMemory;
+use crate::counters::counters;
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{ActiveQueue, Broken};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
+
+counters! {
+    /// Packets, as the guest sees them: `rx` are those that it gets.
+    NetCounters {
+        /// Handed to the driver.
+        rx_packets,
+        /// Their bytes, with the header of virtio.
+        rx_bytes,
+        /// Lost: larger than what the driver lends, or while the cable was pulled.
+        rx_dropped,
+        /// Handed to the tap device.
+        tx_packets,
+        /// Their bytes, with the header of virtio.
+        tx_bytes,
+        /// None that the host's kernel takes, or while the cable was pulled.
+        tx_dropped,
+    }
+}
 
 /// What a token is of. The number of a pair is in the higher bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +90,9 @@ pub(super) struct Server {
     agreed: u16,
     /// Pairs that the driver uses: packets of the other taps go to these as well.
     used: usize,
+    /// The cable is plugged.
+    up: bool,
+    counters: Arc<NetCounters>,
     stopped: bool,
 }
 
@@ -87,6 +109,7 @@ pub(super) struct Parts {
     pub(super) mergeable: bool,
     /// The largest packet that may come, with its header, in bytes.
     pub(super) largest: usize,
+    pub(super) counters: Arc<NetCounters>,
 }
 
 impl Server {
@@ -101,12 +124,15 @@ impl Server {
             let mut next = || own.then(|| queues.next().flatten()).flatten();
             let (receive, transmit) = (next(), next());
             let memory = parts.memory.clone();
-            let receive =
-                receive.map(|queue| Receive::new(queue, memory, parts.mergeable, parts.largest));
+            let counters = &parts.counters;
+            let receive = receive.map(|queue| {
+                let counters = counters.clone();
+                Receive::new(queue, memory, parts.mergeable, parts.largest, counters)
+            });
             pairs.push(Pair {
                 tap,
                 receive,
-                transmit: transmit.map(Transmit::new),
+                transmit: transmit.map(|queue| Transmit::new(queue, counters.clone())),
                 interest: Interest::default(),
             });
         }
@@ -122,6 +148,8 @@ impl Server {
             kicks,
             agreed: parts.agreed,
             used: 1,
+            up: true,
+            counters: parts.counters,
             stopped: false,
         }
     }
@@ -157,12 +185,27 @@ impl Server {
         self.control = None;
     }
 
+    /// The cable was plugged or pulled.
+    pub(super) fn set_link(&mut self, up: bool) {
+        if up && !self.up {
+            // What came while it was pulled and the driver had lent nothing.
+            for pair in &self.pairs {
+                self.counters.rx_dropped.add(pair.tap.discard());
+            }
+        }
+        self.up = up;
+    }
+
     /// Packets of tap `number`, into the receive queue that is used for it.
     fn receive(&mut self, number: usize) {
         let target = number % self.used;
         let Some(tap) = self.pairs.get(number).map(|pair| pair.tap.clone()) else {
             return;
         };
+        if !self.up {
+            self.counters.rx_dropped.add(tap.discard());
+            return;
+        }
         let Some(Pair {
             receive: Some(queue),
             ..
@@ -211,7 +254,7 @@ impl Server {
             self.watch(number, |interest| interest.writable = false);
             return;
         };
-        match queue.turn(tap, &self.memory) {
+        match queue.turn(self.up.then_some(&**tap), &self.memory) {
             Ok((told, turn)) => {
                 if told {
                     self.interrupt.used(queue.index());

@@ -16,7 +16,7 @@ pub(super) const HEADER_BYTES: usize = 12;
 pub(super) const VECTORS_MAX: usize = 1024;
 
 /// Most packets that are thrown away at once: twice what a tap device keeps, unless it was told to keep more.
-const DISCARDED_MAX: usize = 2000;
+const DISCARDED_MAX: u64 = 2000;
 
 /// `TUNSETOFFLOAD`, the one ioctl that is made after the guest has started.
 pub const TAP_SET_OFFLOAD: u32 = 0x4004_54d0;
@@ -119,15 +119,17 @@ impl Tap {
         rustix::io::read(&self.0, packet)
     }
 
-    /// Throws away what waits to be received, which an earlier driver did not take.
-    pub(super) fn discard(&self) {
-        for _ in 0..DISCARDED_MAX {
+    /// Throws away what waits to be received, which an earlier driver did not take or which comes while the cable is pulled;
+    /// how many packets it was.
+    pub(super) fn discard(&self) -> u64 {
+        for discarded in 0..DISCARDED_MAX {
             // Too small for any packet, which is an error, but the packet is gone.
             let read = rustix::io::read(&self.0, &mut [0; 1]);
             if matches!(read, Err(Errno::AGAIN | Errno::BADFD)) {
-                return;
+                return discarded;
             }
         }
+        DISCARDED_MAX
     }
 
     /// Receives one packet with its header; what does not fit is lost.

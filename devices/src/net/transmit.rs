@@ -1,10 +1,12 @@
 //! A transmit queue: packets of the driver into a tap.
 
 use super::receive::PACKET_MAX_BYTES;
+use super::server::NetCounters;
 use super::tap::{HEADER_BYTES, Tap, VECTORS_MAX};
 use crate::GuestMemory;
 use crate::virtio::queue::{ActiveQueue, Broken};
 use rustix::io::Errno;
+use std::sync::Arc;
 use vm_memory::VolatileSlice;
 
 /// Least bytes of a packet: its header and that of Ethernet.
@@ -22,11 +24,12 @@ pub(super) enum Turn {
 /// A transmit queue.
 pub(super) struct Transmit {
     queue: ActiveQueue,
+    counters: Arc<NetCounters>,
 }
 
 impl Transmit {
-    pub(super) fn new(queue: ActiveQueue) -> Transmit {
-        Transmit { queue }
+    pub(super) fn new(queue: ActiveQueue, counters: Arc<NetCounters>) -> Transmit {
+        Transmit { queue, counters }
     }
 
     /// Number of the queue.
@@ -34,11 +37,15 @@ impl Transmit {
         self.queue.index
     }
 
-    /// Sends what there is, as many packets as the queue is long; whether the driver is to be told, and how it ended.
+    /// Sends what there is, as many packets as the queue is long, or without a tap throws it away; whether the driver is to be told, and how it ended.
     ///
     /// # Errors
     /// The driver broke the queue.
-    pub(super) fn turn(&mut self, tap: &Tap, memory: &GuestMemory) -> Result<(bool, Turn), Broken> {
+    pub(super) fn turn(
+        &mut self,
+        tap: Option<&Tap>,
+        memory: &GuestMemory,
+    ) -> Result<(bool, Turn), Broken> {
         let mut left = self.queue.size();
         let mut turn = Turn::Over;
         self.queue.disable_kicks(memory)?;
@@ -51,10 +58,17 @@ impl Transmit {
                 let mut buffers = self.queue.open(memory, &chain)?;
                 let pieces: Vec<VolatileSlice<'_>> =
                     std::iter::from_fn(|| buffers.readable.next_piece(usize::MAX)).collect();
-                if send(tap, &pieces) == Err(Full) {
-                    self.queue.undo_pop();
-                    turn = Turn::Blocked;
-                    break 'sent;
+                match tap.map_or(Ok(None), |tap| send(tap, &pieces)) {
+                    Ok(Some(bytes)) => {
+                        self.counters.tx_packets.add(1);
+                        self.counters.tx_bytes.add(bytes as u64);
+                    }
+                    Ok(None) => self.counters.tx_dropped.add(1),
+                    Err(Full) => {
+                        self.queue.undo_pop();
+                        turn = Turn::Blocked;
+                        break 'sent;
+                    }
                 }
                 self.queue.push_used(memory, chain.head_index(), 0)?;
             }
@@ -75,17 +89,18 @@ impl Transmit {
 #[derive(Debug, PartialEq, Eq)]
 struct Full;
 
-/// Sends one packet, or drops what is none: the host's kernel looks at its header.
-fn send(tap: &Tap, pieces: &[VolatileSlice<'_>]) -> Result<(), Full> {
+/// Sends one packet and returns its bytes, or drops what is none: the host's kernel looks at its header.
+fn send(tap: &Tap, pieces: &[VolatileSlice<'_>]) -> Result<Option<usize>, Full> {
     let bytes: usize = pieces.iter().map(VolatileSlice::len).sum();
     if !(PACKET_MIN_BYTES..=PACKET_MAX_BYTES).contains(&bytes) || pieces.len() > VECTORS_MAX {
-        return Ok(());
+        return Ok(None);
     }
     loop {
         match tap.send(pieces) {
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Err(Full),
-            Ok(_) | Err(_) => return Ok(()),
+            Ok(_) => return Ok(Some(bytes)),
+            Err(_) => return Ok(None),
         }
     }
 }

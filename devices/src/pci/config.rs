@@ -6,6 +6,10 @@
 //! before the guest ran, so [`ConfigSpace::decodes`] is true only while the BAR holds the address that it was
 //! given and memory decode is on. A guest that moves a BAR has a device that answers nowhere, until it
 //! writes the old address again; no other device or memory is ever shadowed.
+//!
+//! Linux leaves BARs where it finds them at boot, and gives those that it finds later addresses of its own choice. A function that comes
+//! later therefore has no BAR but an Enhanced Allocation entry (PCIe 6.0 section 7.8.5), which says an address that cannot be
+//! changed; Linux takes it as that of the BAR of the same number (drivers/pci/pci.c, pci_ea_read).
 
 /// Length of a conventional configuration space in bytes.
 pub const CONFIG_BYTES: usize = 256;
@@ -29,6 +33,12 @@ const BAR_0: usize = 0x10;
 const SUBSYSTEM: usize = 0x2c;
 const CAPABILITIES: usize = 0x34;
 const INTERRUPT_LINE: usize = 0x3c;
+/// Enhanced Allocation.
+const CAPABILITY_EA: u8 = 0x14;
+/// Of the first dword of an entry: two dwords follow, plain memory, no second choice, enabled.
+const EA_MEMORY: u32 = 2 | 0xff << 16 | 1 << 31;
+/// Where in that dword the number of the BAR stands.
+const EA_BAR_SHIFT: u32 = 4;
 /// Where the capabilities begin.
 const CAPABILITY_FIRST: usize = 0x40;
 
@@ -75,6 +85,8 @@ pub enum LayoutError {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Bar {
     address: u32,
+    /// By an Enhanced Allocation entry: the BAR's own register reads 0 for ever.
+    fixed: bool,
 }
 
 /// The configuration space of one function. Plain data.
@@ -127,6 +139,36 @@ impl ConfigSpace {
     /// # Errors
     /// See [`LayoutError::Bar`]; also if the BAR is there already.
     pub fn add_bar(&mut self, index: usize, address: u64, size: u32) -> Result<(), LayoutError> {
+        let base = self.claim(index, address, size, false)?;
+        self.put(BAR_0 + 4 * index, &base.to_le_bytes());
+        self.allow(BAR_0 + 4 * index, &(!(size - 1)).to_le_bytes());
+        Ok(())
+    }
+
+    /// Places 32-bit, non-prefetchable memory that takes the place of a BAR and cannot be moved.
+    ///
+    /// # Errors
+    /// As of [`ConfigSpace::add_bar`], and [`LayoutError::Capability`].
+    pub fn add_fixed(&mut self, index: usize, address: u64, size: u32) -> Result<(), LayoutError> {
+        let base = self.claim(index, address, size, true)?;
+        // At most BARS.
+        let entry = EA_MEMORY | (index as u32) << EA_BAR_SHIFT;
+        let mut body = vec![1, 0];
+        // The offset of the last byte, as that of its dword: the lowest two bits are flags.
+        for dword in [entry, base, (size - 1) & !3] {
+            body.extend_from_slice(&dword.to_le_bytes());
+        }
+        self.add_capability(CAPABILITY_EA, &body, &[])?;
+        Ok(())
+    }
+
+    fn claim(
+        &mut self,
+        index: usize,
+        address: u64,
+        size: u32,
+        fixed: bool,
+    ) -> Result<u32, LayoutError> {
         let refused = LayoutError::Bar {
             index,
             address,
@@ -139,12 +181,15 @@ impl ConfigSpace {
             && base.checked_add(size - 1).is_some()
             && base != 0;
         match self.bars.get_mut(index) {
-            Some(bar @ None) if fits => *bar = Some(Bar { address: base }),
-            _ => return Err(refused),
+            Some(bar @ None) if fits => {
+                *bar = Some(Bar {
+                    address: base,
+                    fixed,
+                });
+                Ok(base)
+            }
+            _ => Err(refused),
         }
-        self.put(BAR_0 + 4 * index, &base.to_le_bytes());
-        self.allow(BAR_0 + 4 * index, &(!(size - 1)).to_le_bytes());
-        Ok(())
     }
 
     /// Appends a capability: `body` is what follows id and next pointer, `writable` the bits of it that the
@@ -201,7 +246,8 @@ impl ConfigSpace {
         let [command] = command;
         match self.bars.get(index) {
             Some(Some(bar)) => {
-                command & COMMAND_MEMORY != 0 && self.dword(BAR_0 + 4 * index) == bar.address
+                let there = bar.fixed || self.dword(BAR_0 + 4 * index) == bar.address;
+                command & COMMAND_MEMORY != 0 && there
             }
             _ => false,
         }
@@ -299,6 +345,24 @@ mod tests {
         }
         space.add_bar(0, 0xc000_0000, 0x1000).unwrap();
         assert!(space.add_bar(0, 0xc000_1000, 0x1000).is_err());
+    }
+
+    #[test]
+    fn fixed_memory_is_said_by_an_entry_that_nobody_can_change() {
+        let mut space = space();
+        space.add_fixed(0, 0xc001_0000, 0x8000).unwrap();
+        assert!(space.add_bar(0, 0xc001_0000, 0x8000).is_err());
+        let at = (space.dword(0x34) & 0xff) as usize;
+        let dwords: Vec<u32> = (0..4).map(|dword| space.dword(at + 4 * dword)).collect();
+        assert_eq!(dwords, [0x0001_0014, 0x80ff_0002, 0xc001_0000, 0x7ffc]);
+        for offset in 0..=255 {
+            space.write(offset, &[0xff]);
+        }
+        assert_eq!(space.dword(0x10), 0, "the BAR's own register");
+        assert_eq!(space.dword(at + 8), 0xc001_0000);
+        assert!(space.decodes(0));
+        space.write(COMMAND as u8, &[0]);
+        assert!(!space.decodes(0));
     }
 
     #[test]

@@ -68,6 +68,9 @@ pub struct PlaceError(pub Place);
 
 struct State {
     address: u32,
+    /// Function 0 of this slot and of those behind it always says that there are others: a guest that has looked at a slot once
+    /// believes what it was told then.
+    later: usize,
     functions: [Option<Arc<dyn PciFunction>>; SLOTS * FUNCTIONS],
 }
 
@@ -78,7 +81,8 @@ impl State {
 
     /// Whether there is more than function 0.
     fn many(&self, slot: u8) -> bool {
-        (1..FUNCTIONS as u8).any(|function| self.at(Place { slot, function }).is_some())
+        usize::from(slot) >= self.later
+            || (1..FUNCTIONS as u8).any(|function| self.at(Place { slot, function }).is_some())
     }
 }
 
@@ -98,6 +102,7 @@ impl PciRoot {
         PciRoot {
             state: Mutex::new(State {
                 address: 0,
+                later: SLOTS,
                 functions,
             }),
         }
@@ -120,6 +125,23 @@ impl PciRoot {
             _ => return Err(PlaceError(place)),
         }
         Ok(())
+    }
+
+    /// Takes the function at `place` away; what the guest has of it are all ones from now on. `None` if there is none.
+    pub fn remove(&self, place: Place) -> Option<Arc<dyn PciFunction>> {
+        let mut state = self.lock();
+        // The host bridge stays.
+        let removable = place.slot > 0 && usize::from(place.function) < FUNCTIONS;
+        state
+            .functions
+            .get_mut(place.index())
+            .filter(|_| removable)?
+            .take()
+    }
+
+    /// Keeps the slots from `first` on for functions that come while the guest runs.
+    pub fn keep_for_later(&self, first: usize) {
+        self.lock().later = first;
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -312,6 +334,29 @@ mod tests {
         assert_eq!((header(3, 1), header(0, 2)), (vec![0], vec![0, 0]));
         // Function 1 itself says nothing.
         assert_eq!(read(&root, 0x8000_290c, 2, 1), [0]);
+    }
+
+    #[test]
+    fn what_was_removed_is_not_there_and_its_place_is_free() {
+        let root = PciRoot::new();
+        root.insert(place(5, 0), function()).unwrap();
+        root.insert(place(5, 1), function()).unwrap();
+        assert!(root.remove(place(5, 0)).is_some());
+        assert_eq!(read(&root, 0x8000_2800, 0, 2), [0xff, 0xff]);
+        assert_eq!(read(&root, 0x8000_2900, 0, 2), [0x36, 0x1b]);
+        assert!(root.remove(place(5, 0)).is_none());
+        assert!(root.remove(place(0, 0)).is_none(), "the host bridge");
+        root.insert(place(5, 0), function()).unwrap();
+    }
+
+    #[test]
+    fn a_slot_kept_for_later_says_that_it_has_functions_before_they_come() {
+        let root = PciRoot::new();
+        root.keep_for_later(5);
+        root.insert(place(4, 0), function()).unwrap();
+        root.insert(place(5, 0), function()).unwrap();
+        assert_eq!(read(&root, 0x8000_200c, 2, 1), [0]);
+        assert_eq!(read(&root, 0x8000_280c, 2, 1), [0x80]);
     }
 
     proptest! {

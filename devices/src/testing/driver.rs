@@ -7,7 +7,7 @@ use crate::bus::{Bus, BusDevice};
 use crate::event::Poller;
 use crate::pci::{CONFIG_PORT, CONFIG_PORT_BYTES, PciRoot, Place};
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::pci::{BAR_BYTES, TRANSPORT_FEATURES, VirtioPci};
+use crate::virtio::pci::{BAR_BYTES, BarAddress, TRANSPORT_FEATURES, VirtioPci};
 use crate::virtio::state::status;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -73,7 +73,7 @@ impl Driver {
                 device,
                 Arc::clone(&memory),
                 routes.clone(),
-                BAR_ADDRESS,
+                BarAddress::InRegister(BAR_ADDRESS),
             )
             .expect("a transport"),
         );

@@ -11,6 +11,7 @@
 
 use super::queue::{ActiveQueue, BadSettings};
 use crate::GuestMemory;
+use crate::counters::Counters;
 use std::sync::Arc;
 
 /// How a device tells the driver that something happened. Implemented by the transport; cheap and safe to
@@ -81,6 +82,11 @@ pub trait VirtioDevice: Send {
     /// The device-specific configuration space, read as plain little-endian bytes; the transport cuts out
     /// what the driver asked for and answers zero beyond its end. Writes by the driver are dropped.
     fn config(&self) -> Vec<u8>;
+
+    /// What the device counts, for as long as it lives.
+    fn counters(&self) -> Arc<dyn Counters> {
+        Arc::new(())
+    }
 
     /// Takes live queues. Kicks arrive on each queue's `kick` eventfd, which the device watches on its own
     /// thread or on the event loop it was built for.

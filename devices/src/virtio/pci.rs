@@ -22,9 +22,10 @@
 use super::device::{Activation, DeviceError, VirtioDevice};
 use super::queue::ActiveQueue;
 use super::signal::Shared;
-use super::state::{COMMON_BYTES, DeviceState, Effect};
+use super::state::{COMMON_BYTES, DeviceState, Effect, status};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
+use crate::counters::Counters;
 use crate::pci::msix::{self, MsiRoutes, Msix, MsixState};
 use crate::pci::{ConfigSpace, Identity, LayoutError, PciFunction};
 use std::io;
@@ -112,6 +113,30 @@ pub struct NotifyAddress {
     pub kick: Arc<EventFd>,
 }
 
+/// Where the BAR is, and whether by a register or for good (see [`ConfigSpace::add_fixed`]). Below 4 GiB and aligned to
+/// [`BAR_BYTES`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BarAddress {
+    /// Of a function that is there when the guest starts.
+    InRegister(u64),
+    /// Of one that comes later.
+    Fixed(u64),
+}
+
+impl BarAddress {
+    /// The guest-physical address.
+    pub fn address(self) -> u64 {
+        match self {
+            BarAddress::InRegister(address) | BarAddress::Fixed(address) => address,
+        }
+    }
+}
+
+/// The driver has not let go of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the guest still uses the device; its agent has to let go of it first")]
+pub struct InUse;
+
 /// The driver-visible state of a transport: plain data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TransportState {
@@ -139,12 +164,12 @@ pub struct VirtioPci {
     msix_control: u8,
     window: u8,
     name: &'static str,
+    counters: Arc<dyn Counters>,
     core: Mutex<Core>,
 }
 
 impl VirtioPci {
-    /// Puts `device` behind a BAR at `address`, which the VMM chooses below 4 GiB and aligned to
-    /// [`BAR_BYTES`]. `name` is for counters, for instance `virtio-rng`.
+    /// Puts `device` behind a BAR at `bar`. `name` is for counters, for instance `virtio-rng`.
     ///
     /// # Errors
     /// See [`TransportError`].
@@ -153,7 +178,7 @@ impl VirtioPci {
         device: Box<dyn VirtioDevice>,
         memory: GuestMemory,
         routes: Arc<dyn MsiRoutes>,
-        address: u64,
+        bar: BarAddress,
     ) -> Result<VirtioPci, TransportError> {
         let kind = device.device_type();
         let sizes = device.queue_sizes();
@@ -173,18 +198,19 @@ impl VirtioPci {
         let vectors = sizes.len() as u16 + 1;
         let msix = Msix::new(vectors, routes);
         let state = DeviceState::new(device.features() | TRANSPORT_FEATURES, sizes, vectors);
-        let layout = lay_out(&*device, &msix, address).map_err(|cause| TransportError::Layout {
+        let layout = lay_out(&*device, &msix, bar).map_err(|cause| TransportError::Layout {
             device: kind,
             cause,
         })?;
         Ok(VirtioPci {
-            address,
+            address: bar.address(),
             memory,
             shared: Shared::new(state, msix),
             kicks,
             msix_control: layout.msix_control,
             window: layout.window,
             name,
+            counters: device.counters(),
             core: Mutex::new(Core {
                 device,
                 config: layout.config,
@@ -236,6 +262,39 @@ impl VirtioPci {
             Err(TryLockError::WouldBlock) => return None,
         };
         core.failure.take()
+    }
+
+    /// Whether a driver works with the device.
+    pub fn in_use(&self) -> bool {
+        self.shared.lock().state.live()
+    }
+
+    /// Whether the driver has to reset the device before it works again, or cannot even do that.
+    pub fn broken(&self) -> bool {
+        let status = self.shared.lock().state.status();
+        status & (status::NEEDS_RESET | status::FAILED) != 0
+    }
+
+    /// What the device counts.
+    pub fn counters(&self) -> &dyn Counters {
+        &*self.counters
+    }
+
+    /// Takes the device out, to be dropped by the caller; whoever still holds the transport finds one that nobody can activate.
+    ///
+    /// # Errors
+    /// A driver works with it, or is just about to.
+    pub fn retire(&self) -> Result<Box<dyn VirtioDevice>, InUse> {
+        let mut core = match self.core.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(core)) => core.into_inner(),
+            // A reset may wait for the thread that asks.
+            Err(TryLockError::WouldBlock) => return Err(InUse),
+        };
+        if self.in_use() {
+            return Err(InUse);
+        }
+        Ok(std::mem::replace(&mut core.device, Box::new(Gone)))
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
@@ -426,6 +485,39 @@ impl BusDevice for VirtioPci {
     }
 }
 
+/// In the place of a device that was taken out.
+struct Gone;
+
+impl VirtioDevice for Gone {
+    fn device_type(&self) -> u16 {
+        // Reserved (section 5).
+        0
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[]
+    }
+
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn activate(&mut self, _activation: Activation) -> Result<(), DeviceError> {
+        Err(DeviceError::Io {
+            what: "use a device that was detached",
+            cause: io::ErrorKind::NotFound.into(),
+        })
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+}
+
 struct Layout {
     config: ConfigSpace,
     /// Offset of message control's high byte.
@@ -434,7 +526,7 @@ struct Layout {
     window: u8,
 }
 
-fn lay_out(device: &dyn VirtioDevice, msix: &Msix, address: u64) -> Result<Layout, LayoutError> {
+fn lay_out(device: &dyn VirtioDevice, msix: &Msix, bar: BarAddress) -> Result<Layout, LayoutError> {
     let kind = device.device_type();
     let mut config = ConfigSpace::new(Identity {
         vendor: VENDOR_VIRTIO,
@@ -444,7 +536,10 @@ fn lay_out(device: &dyn VirtioDevice, msix: &Msix, address: u64) -> Result<Layou
         subsystem_vendor: VENDOR_VIRTIO,
         subsystem: DEVICE_MODERN + kind,
     });
-    config.add_bar(usize::from(BAR), address, BAR_BYTES)?;
+    match bar {
+        BarAddress::InRegister(address) => config.add_bar(usize::from(BAR), address, BAR_BYTES)?,
+        BarAddress::Fixed(address) => config.add_fixed(usize::from(BAR), address, BAR_BYTES)?,
+    }
     let capability = msix.capability(
         BAR,
         (TABLE_PAGE * PAGE) as u32,

@@ -9,6 +9,8 @@ use proptest::prelude::*;
 
 #[path = "queue_tests.rs"]
 mod queues;
+#[path = "retire_tests.rs"]
+mod retire;
 
 /// A device of the test's making: it keeps its queues and answers when the test says so.
 #[derive(Default)]
@@ -559,7 +561,7 @@ fn queues_that_no_transport_can_offer_are_refused() {
             Box::new(Odd(sizes)),
             crate::testing::memory(&[(0, 0x1000)]),
             Arc::new(crate::testing::FakeRoutes::default()),
-            0xc000_0000,
+            BarAddress::InRegister(0xc000_0000),
         );
         assert!(matches!(made, Err(TransportError::Queues { device: 42 })));
     }

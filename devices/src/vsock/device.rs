@@ -6,10 +6,11 @@
 
 use super::connection::{Connection, Verdict};
 use super::packet::{Op, Packet, Ports, ResetReply};
-use super::queues::Queues;
+use super::queues::{Queues, VsockCounters};
 use super::stream::{HostSocket, NotAStream};
 use super::table::{FIRST_HOST_PORT, PeerId, Table, Timeouts};
 use super::{CLOSE_TIMEOUT_MS, CONNECT_TIMEOUT_MS};
+use crate::counters::Counters;
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
 use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
 use crate::virtio::queue::ServeError;
@@ -91,6 +92,7 @@ impl VsockState {
 pub struct VsockDevice {
     core: Arc<Mutex<Core>>,
     guest_cid: u64,
+    counters: Arc<VsockCounters>,
 }
 
 /// The device, as the host's side holds it. Stays valid after the device is gone.
@@ -128,6 +130,7 @@ impl VsockDevice {
             .map_err(failed("make the eventfd of the vsock device"))?;
         let (timer_fd, resume_fd) = (timer.as_raw_fd(), resume.as_raw_fd());
         let watcher = Arc::clone(&event_loop);
+        let counters = Arc::<VsockCounters>::default();
         let core = Arc::new_cyclic(|me| {
             Mutex::new(Core {
                 me: me.clone(),
@@ -143,12 +146,14 @@ impl VsockDevice {
                 tx_due: false,
                 owes_reset_event: false,
                 forgotten: false,
+                counters: counters.clone(),
             })
         });
         // From here on its drop forgets what is watched.
         let device = VsockDevice {
             core,
             guest_cid: state.guest_cid,
+            counters,
         };
         for (fd, token) in [(timer_fd, TOKEN_TIMER), (resume_fd, TOKEN_RESUME)] {
             watcher
@@ -195,8 +200,12 @@ impl VirtioDevice for VsockDevice {
         self.guest_cid.to_le_bytes().to_vec()
     }
 
+    fn counters(&self) -> Arc<dyn Counters> {
+        self.counters.clone()
+    }
+
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let queues = Queues::new(activation)?;
+        let queues = Queues::new(activation, self.counters.clone())?;
         let mut core = self.core();
         for (token, fd) in queues.kicks() {
             let watched = core
@@ -293,6 +302,7 @@ pub(super) struct Core {
     pub(super) owes_reset_event: bool,
     /// The driver reset the device: the connections are to be dropped before anything else is done.
     forgotten: bool,
+    pub(super) counters: Arc<VsockCounters>,
 }
 
 impl Subscriber for Core {
@@ -420,6 +430,7 @@ impl Core {
             host,
             buffer_bytes,
         )?;
+        self.counters.host_connects.add(1);
         self.work();
         Ok(())
     }
@@ -472,8 +483,12 @@ impl Core {
                 // Refused by the kernel: the guest is refused too, which is all it can be told.
                 self.insert(connection, host, buffer_bytes).is_ok()
             });
-        if !granted {
-            self.reset_unknown(packet.ports);
+        match granted {
+            true => self.counters.guest_connects.add(1),
+            false => {
+                self.counters.guest_refused.add(1);
+                self.reset_unknown(packet.ports);
+            }
         }
     }
 

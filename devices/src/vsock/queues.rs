@@ -10,6 +10,7 @@ use super::packet::{HEADER_BYTES, Packet, ResetReply};
 use super::peer::{Filled, Peer};
 use super::table::PeerId;
 use crate::GuestMemory;
+use crate::counters::counters;
 use crate::virtio::chain::{Buffers, Readable, Writable};
 use crate::virtio::device::{Activation, DeviceError, Interrupt};
 use crate::virtio::queue::{ActiveQueue, BrokenQueue, ServeError};
@@ -40,6 +41,26 @@ struct Slot<'m> {
     header: Vec<VolatileSlice<'m>>,
     /// Where the payload goes.
     payload: Writable<'m>,
+}
+
+counters! {
+    /// Packets and connections, as the guest sees them: `rx` are those that it gets.
+    VsockCounters {
+        /// Packets for the guest.
+        rx_packets,
+        /// Their payload.
+        rx_bytes,
+        /// Packets of the guest.
+        tx_packets,
+        /// Their payload.
+        tx_bytes,
+        /// Connects of the guest that were made.
+        guest_connects,
+        /// Connects of the guest that were refused.
+        guest_refused,
+        /// Connects of the host.
+        host_connects,
+    }
 }
 
 /// A queue and whether the driver is owed a word about it.
@@ -85,11 +106,15 @@ pub(super) struct Queues {
     rx: Served,
     tx: Served,
     event: Served,
+    counters: Arc<VsockCounters>,
 }
 
 impl Queues {
     /// All three must be there.
-    pub(super) fn new(activation: Activation) -> Result<Queues, DeviceError> {
+    pub(super) fn new(
+        activation: Activation,
+        counters: Arc<VsockCounters>,
+    ) -> Result<Queues, DeviceError> {
         let mut queues = activation.queues.into_iter();
         let mut take = |index| match queues.next().flatten() {
             Some(queue) => Ok(Served {
@@ -104,6 +129,7 @@ impl Queues {
             rx: take(RX)?,
             tx: take(TX)?,
             event: take(EVENT)?,
+            counters,
         })
     }
 
@@ -379,6 +405,8 @@ impl Queues {
             piece.copy_from(now);
             rest = later;
         }
+        self.counters.rx_packets.add(1);
+        self.counters.rx_bytes.add(u64::from(payload_bytes));
         let length = HEADER_BYTES as u32 + payload_bytes;
         self.rx.push(memory, slot.head, length)
     }
@@ -439,6 +467,8 @@ fn take_packet(core: &mut Core, readable: &mut Readable<'_>) {
                 left -= piece.len();
                 payload.push(piece);
             }
+            core.counters.tx_packets.add(1);
+            core.counters.tx_bytes.add(packet.payload_bytes() as u64);
             core.route(&packet, &mut payload);
         }
         Err(refused) => {

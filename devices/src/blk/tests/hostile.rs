@@ -311,6 +311,38 @@ fn there_are_no_more_disks_than_the_engine_has_places() {
 }
 
 #[test]
+fn a_disk_that_leaves_gives_its_place_to_another() {
+    with_each_engine(|kind| {
+        let poller = Arc::new(Poller::new().unwrap());
+        let Some(io) = engine(kind, &poller) else {
+            return;
+        };
+        // More than there are places, so that each is used again.
+        for round in 0..=DISKS_MAX {
+            let whole = file(64 * SECTOR);
+            whole.write_all_at(&[round as u8; SECTOR], 0).unwrap();
+            let mut guest = Guest::with(io.clone(), poller.clone(), whole, true, ALL);
+            let (status, _, data) = guest.ask(IN, 0, &[], SECTOR);
+            assert_eq!((status, data), (OK, vec![round as u8; SECTOR]));
+            let (status, ..) = guest.ask(OUT, 0, &[0; SECTOR], 0);
+            assert_eq!(status, IOERR);
+            let counted: BTreeMap<_, _> = guest
+                .driver
+                .transport
+                .counters()
+                .read()
+                .into_iter()
+                .collect();
+            assert_eq!(
+                (counted["reads"], counted["read_bytes"]),
+                (1, SECTOR as u64)
+            );
+            assert_eq!((counted["writes"], counted["errors"]), (0, 1));
+        }
+    });
+}
+
+#[test]
 fn a_disk_that_is_dropped_when_the_loop_has_ended_waits_for_nothing() {
     let poller = Arc::new(Poller::new().unwrap());
     let io = idle_engine(EngineKind::Best, &poller);

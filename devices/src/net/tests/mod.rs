@@ -11,6 +11,7 @@ use super::*;
 use crate::event::Poller;
 use crate::testing::{Buffer, Driver, RawDescriptor, Used, WAIT_MS};
 use host::{GUEST, HOST, mac, taps};
+use std::collections::BTreeMap;
 use std::net::UdpSocket;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -29,6 +30,7 @@ const CSUM: u64 = 1;
 const GUEST_CSUM: u64 = 1 << 1;
 const GUEST_TSO4: u64 = 1 << 7;
 const MRG_RXBUF: u64 = 1 << 15;
+const STATUS: u64 = 1 << 16;
 const CTRL_VQ: u64 = 1 << 17;
 const MQ: u64 = 1 << 22;
 const VERSION_1: u64 = 1 << 32;
@@ -38,6 +40,7 @@ struct Guest {
     driver: Driver,
     poller: Arc<Poller>,
     socket: UdpSocket,
+    link: Link,
 }
 
 impl Guest {
@@ -51,6 +54,7 @@ impl Guest {
             mtu,
         };
         let card = Net::new(setup, poller.clone()).expect("a card");
+        let link = card.link();
         let mut driver = Driver::new(Box::new(card));
         match features & VERSION_1 {
             0 => driver.negotiate(features),
@@ -74,6 +78,7 @@ impl Guest {
             driver,
             poller,
             socket,
+            link,
         })
     }
 

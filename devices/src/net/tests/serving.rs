@@ -54,6 +54,46 @@ fn a_large_packet_fills_several_buffers_at_once() {
 }
 
 #[test]
+fn a_pulled_cable_loses_packets_of_both_directions_and_a_plugged_one_none() {
+    let Some(mut guest) = Guest::new(1, MTU, MRG_RXBUF | STATUS) else {
+        return;
+    };
+    let said = |guest: &Guest| guest.driver.read(guest.driver.config, 6, 2);
+    assert_eq!(said(&guest), 1);
+    guest.lend(RECEIVE, 4, 2048);
+    guest.settle();
+    guest.link.set(false);
+    assert_eq!(said(&guest), 0);
+    assert_eq!(guest.driver.config_interrupts(), 1);
+    guest.send(b"lost");
+    let packet = guest.packet(b"lost as well");
+    guest.driver.add(TRANSMIT, &[Buffer::Readable(&packet)]);
+    guest.driver.kick(TRANSMIT);
+    assert_eq!(guest.received(TRANSMIT).len, 0);
+    guest.settle();
+    assert!(guest.driver.used(RECEIVE).is_none());
+    guest.link.set(true);
+    guest.link.set(true);
+    assert_eq!((said(&guest), guest.driver.config_interrupts()), (1, 2));
+    guest.send(b"to the guest");
+    assert_eq!(text(&guest.received(RECEIVE).data), b"to the guest");
+    let packet = guest.packet(b"to the host");
+    guest.driver.add(TRANSMIT, &[Buffer::Readable(&packet)]);
+    guest.driver.kick(TRANSMIT);
+    guest.received(TRANSMIT);
+    assert_eq!(guest.heard(), b"to the host");
+    let counted: BTreeMap<_, _> = guest
+        .driver
+        .transport
+        .counters()
+        .read()
+        .into_iter()
+        .collect();
+    assert_eq!((counted["rx_packets"], counted["tx_packets"]), (1, 1));
+    assert_eq!((counted["rx_dropped"], counted["tx_dropped"]), (1, 1));
+}
+
+#[test]
 fn the_control_queue_sets_the_pairs_and_refuses_the_rest() {
     let Some(mut guest) = Guest::new(2, MTU, MRG_RXBUF | CTRL_VQ | MQ) else {
         return;
