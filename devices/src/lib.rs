@@ -6,9 +6,11 @@
 // An index or a range that came from the guest must meet `get`, not a panic (CH#7917).
 #![cfg_attr(not(test), deny(clippy::indexing_slicing))]
 
+pub mod balloon;
 pub mod blk;
 pub mod bus;
 pub mod counters;
+mod discard;
 pub mod event;
 pub mod fs;
 pub mod i8042;

@@ -150,6 +150,9 @@ pub struct MachineConfig {
     pub cpus: Cpus,
     /// Guest memory.
     pub memory_mib: MemoryMib,
+    /// How much of it, in MiB, the balloon asks the guest to give back from the start.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub balloon_mib: u64,
     /// The guest kernel: ELF with a PVH note, or bzImage.
     pub kernel_fd: FdNumber,
     /// The initramfs, mapped or copied as it is.
@@ -284,6 +287,10 @@ impl From<Mac> for String {
     }
 }
 
+fn is_zero(number: &u64) -> bool {
+    *number == 0
+}
+
 pub(crate) fn one_queue() -> u8 {
     1
 }
@@ -327,6 +334,14 @@ pub enum ConfigError {
     /// Memory out of range.
     #[error("{0} MiB of memory: a VM has {min} to {max} MiB", min = MemoryMib::MIN, max = MemoryMib::MAX)]
     Memory(u64),
+    /// A balloon that leaves too little.
+    #[error("a balloon of {balloon} MiB leaves less than {min} of {memory} MiB of memory", min = MemoryMib::MIN)]
+    Balloon {
+        /// Size of the balloon, in MiB.
+        balloon: u64,
+        /// Memory, in MiB.
+        memory: u64,
+    },
     /// Not an inheritable fd number.
     #[error("fd {0} cannot be an inherited resource, expected 3 or more")]
     Fd(i64),
@@ -423,6 +438,13 @@ impl MachineConfig {
         }
         if !is_id(&self.id) {
             return Err(ConfigError::Id(self.id.clone()));
+        }
+        let memory = self.memory_mib.get();
+        if self.balloon_mib > memory - MemoryMib::MIN {
+            return Err(ConfigError::Balloon {
+                balloon: self.balloon_mib,
+                memory,
+            });
         }
         if self.cmdline.len() > CMDLINE_MAX_BYTES
             || !self.cmdline.bytes().all(|b| (b' '..=b'~').contains(&b))

@@ -184,3 +184,15 @@ proptest! {
         let _either = MachineConfig::from_json(&json);
     }
 }
+
+#[test]
+fn a_balloon_leaves_the_guest_what_it_runs_with() {
+    let error = refused(|config| config.balloon_mib = 65);
+    assert_eq!(
+        error,
+        "a balloon of 65 MiB leaves less than 64 of 128 MiB of memory"
+    );
+    let mut config = example();
+    config.balloon_mib = 64;
+    config.to_json().expect("valid");
+}

@@ -9,7 +9,7 @@ use capsid_protocol::machine::{
 };
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 
@@ -81,6 +81,42 @@ pub struct Nic {
     pub mtu: u16,
 }
 
+/// A guest of a test's own.
+pub struct Guest<'a> {
+    /// What its init does, see [`Guest::start`].
+    pub script: &'a str,
+    /// Virtual CPUs.
+    pub cpus: u64,
+    /// Memory, MiB.
+    pub memory_mib: u64,
+    /// What of it the balloon asks for, MiB.
+    pub balloon_mib: u64,
+    /// Disks.
+    pub disks: &'a [Disk<'a>],
+    /// Network cards.
+    pub nics: &'a [Nic],
+}
+
+impl Default for Guest<'_> {
+    fn default() -> Self {
+        Guest {
+            script: "",
+            cpus: 1,
+            memory_mib: MEMORY_MIB,
+            balloon_mib: 0,
+            disks: &[],
+            nics: &[],
+        }
+    }
+}
+
+/// A guest that runs. Killed when dropped.
+pub struct Running {
+    child: Child,
+    serial: BufReader<File>,
+    said: Vec<String>,
+}
+
 /// How a guest ended.
 #[derive(Debug)]
 pub struct Ended {
@@ -92,69 +128,148 @@ pub struct Ended {
     pub stderr: String,
 }
 
-/// Runs `script` as a guest's init, with busybox's commands, `/dev`, `/proc` and `/sys`, until it powers off, which it does at
-/// the end of the script. What it says with `say WORDS` comes back.
+/// Runs `script` as [`Guest::start`] does, until the guest powers off.
 ///
 /// # Panics
 /// The VMM cannot be started.
 pub fn run_script(script: &str, cpus: u64, disks: &[Disk<'_>], nics: &[Nic]) -> Ended {
-    let kernel = File::open(kernel()).expect("the guest kernel");
-    let mut initramfs = memfd("initramfs").expect("memory");
-    initramfs.write_all(&archive(script)).expect("memory");
-    initramfs.rewind().expect("memory");
-    let (said, serial) = nix::unistd::pipe().expect("a pipe");
-    let number = |fd: &dyn AsFd| inherited(&fd.as_fd()).expect("an fd for the VMM");
-    let config = MachineConfig {
-        version: CONFIG_VERSION,
-        id: "script".to_owned(),
-        cpus: Cpus::try_from(cpus).expect("cpus"),
-        memory_mib: MemoryMib::try_from(MEMORY_MIB).expect("memory"),
-        kernel_fd: number(&kernel),
-        initramfs_fd: Some(number(&initramfs)),
-        cmdline: CMDLINE.to_owned(),
-        vsock: None,
-        shares: Vec::new(),
-        disks: disks
-            .iter()
-            .map(|disk| DiskConfig {
-                fd: number(disk.file),
-                id: disk.id.to_owned(),
-                read_only: disk.read_only,
-                queues: disk.queues,
-            })
-            .collect(),
-        nics: nics
-            .iter()
-            .map(|nic| NicConfig {
-                tap_fds: nic.taps.iter().map(|tap| number(tap)).collect(),
-                mac: Mac::try_from(nic.mac.clone()).expect("a hardware address"),
-                mtu: nic.mtu,
-            })
-            .collect(),
-        serial: Some(SerialConfig {
-            fd: number(&serial),
-        }),
-        report_fd: None,
-        jail: JailConfig {
-            uid: JAIL_ID,
-            gid: JAIL_ID,
-        },
+    let guest = Guest {
+        script,
+        cpus,
+        disks,
+        nics,
+        ..Guest::default()
     };
-    let (mut command, _config) = command(&config).expect("a configuration");
-    let child = command.stderr(Stdio::piped()).spawn();
-    let child: Child = child.expect("capsid-vmm is on the PATH");
-    drop(serial);
-    let mut text = Vec::new();
-    let mut said = File::from(said);
-    said.read_to_end(&mut text).expect("the serial port");
-    let output = child.wait_with_output().expect("our child");
-    Ended {
-        code: output.status.code().unwrap_or(-1),
-        said: String::from_utf8_lossy(&text)
+    guest.start().end()
+}
+
+impl Guest<'_> {
+    /// Starts `script` as a guest's init, with busybox's commands, `/dev`, `/proc` and `/sys`; at the end of the script the guest
+    /// powers off. What it says with `say WORDS` comes back.
+    ///
+    /// # Panics
+    /// The VMM cannot be started.
+    pub fn start(&self) -> Running {
+        let kernel = File::open(kernel()).expect("the guest kernel");
+        let mut initramfs = memfd("initramfs").expect("memory");
+        initramfs.write_all(&archive(self.script)).expect("memory");
+        initramfs.rewind().expect("memory");
+        let (said, serial) = nix::unistd::pipe().expect("a pipe");
+        let config = self.config(&kernel, &initramfs, &serial);
+        let (mut command, _config) = command(&config).expect("a configuration");
+        let child = command.stderr(Stdio::piped()).spawn();
+        Running {
+            child: child.expect("capsid-vmm is on the PATH"),
+            serial: BufReader::new(File::from(said)),
+            said: Vec::new(),
+        }
+    }
+
+    fn config(&self, kernel: &File, initramfs: &File, serial: &OwnedFd) -> MachineConfig {
+        let number = |fd: &dyn AsFd| inherited(&fd.as_fd()).expect("an fd for the VMM");
+        MachineConfig {
+            version: CONFIG_VERSION,
+            id: "script".to_owned(),
+            cpus: Cpus::try_from(self.cpus).expect("cpus"),
+            memory_mib: MemoryMib::try_from(self.memory_mib).expect("memory"),
+            balloon_mib: self.balloon_mib,
+            kernel_fd: number(kernel),
+            initramfs_fd: Some(number(initramfs)),
+            cmdline: CMDLINE.to_owned(),
+            vsock: None,
+            shares: Vec::new(),
+            disks: self
+                .disks
+                .iter()
+                .map(|disk| DiskConfig {
+                    fd: number(disk.file),
+                    id: disk.id.to_owned(),
+                    read_only: disk.read_only,
+                    queues: disk.queues,
+                })
+                .collect(),
+            nics: self
+                .nics
+                .iter()
+                .map(|nic| NicConfig {
+                    tap_fds: nic.taps.iter().map(|tap| number(tap)).collect(),
+                    mac: Mac::try_from(nic.mac.clone()).expect("a hardware address"),
+                    mtu: nic.mtu,
+                })
+                .collect(),
+            serial: Some(SerialConfig { fd: number(serial) }),
+            report_fd: None,
+            jail: JailConfig {
+                uid: JAIL_ID,
+                gid: JAIL_ID,
+            },
+        }
+    }
+}
+
+impl Running {
+    /// Reads what the guest says until it says `words`.
+    ///
+    /// # Panics
+    /// It ends without.
+    pub fn until_it_says(&mut self, words: &str) {
+        while self.said.last().is_none_or(|last| last != words) {
+            assert!(self.listen(), "no {words:?} in {:?}", self.said);
+        }
+    }
+
+    /// The memory that the VMM holds for itself alone, in MiB: above all the guest's.
+    ///
+    /// # Panics
+    /// It has ended.
+    pub fn resident_mib(&self) -> u64 {
+        let status = format!("/proc/{}/status", self.child.id());
+        let status = std::fs::read_to_string(status).expect("the VMM runs");
+        let line = status
             .lines()
-            .filter_map(|line| Some(line.trim_end().strip_prefix(MARK)?.to_owned()))
-            .collect(),
-        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+            .find_map(|line| line.strip_prefix("RssAnon:"));
+        let kib = line.and_then(|line| line.split_whitespace().next());
+        let kib: u64 = kib.and_then(|kib| kib.parse().ok()).expect("its RssAnon");
+        kib / 1024
+    }
+
+    /// Waits until the guest has ended.
+    ///
+    /// # Panics
+    /// The VMM is none of our children.
+    pub fn end(mut self) -> Ended {
+        while self.listen() {}
+        let mut stderr = Vec::new();
+        let mut pipe = self.child.stderr.take().expect("a pipe");
+        pipe.read_to_end(&mut stderr).expect("its messages");
+        let status = self.child.wait().expect("our child");
+        Ended {
+            code: status.code().unwrap_or(-1),
+            said: std::mem::take(&mut self.said),
+            stderr: String::from_utf8_lossy(&stderr).into_owned(),
+        }
+    }
+
+    /// Reads one line of the serial port; false at its end.
+    fn listen(&mut self) -> bool {
+        let mut line = Vec::new();
+        let bytes = self.serial.read_until(b'\n', &mut line);
+        if bytes.expect("the serial port") == 0 {
+            return false;
+        }
+        let line = String::from_utf8_lossy(&line);
+        let said = line.trim_end().strip_prefix(MARK);
+        self.said.extend(said.map(str::to_owned));
+        true
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.child.try_wait() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
     }
 }
 

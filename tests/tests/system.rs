@@ -14,6 +14,8 @@ mod images;
 mod leaks;
 #[path = "system/ledger.rs"]
 mod ledger;
+#[path = "system/memory.rs"]
+mod memory;
 #[path = "system/nics.rs"]
 mod nics;
 #[path = "system/phases.rs"]

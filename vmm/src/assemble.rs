@@ -21,6 +21,7 @@ use crate::record::Phases;
 use crate::seccomp::{self, Filter, FilterError, ThreadKind};
 use crate::vcpus::{Vcpus, VcpusError};
 use capsid_devices::GuestMemory;
+use capsid_devices::balloon::{Balloon, BalloonHandle, TargetTooLarge};
 use capsid_devices::blk::{self, Disk, DiskError, DiskIo, DiskSetup, EngineKind};
 use capsid_devices::event::Poller;
 use capsid_devices::fs::{FD_BUDGET_MIN, ShareError, ShareSetup, spawn_share_threads};
@@ -40,8 +41,8 @@ use vm_memory::{Bytes, GuestAddress};
 /// connections and for the VMM itself.
 const SHARE_FDS_MAX: usize = 12 * 1024;
 
-/// PCI functions besides disks, network cards and shares: pvpanic, rng, vsock.
-const ALWAYS_FUNCTIONS: usize = 3;
+/// PCI functions besides disks, network cards and shares: pvpanic, rng, balloon, vsock.
+const ALWAYS_FUNCTIONS: usize = 4;
 
 const _: () = assert!(SHARE_FDS_MAX < jail::OPEN_FILES_MAX as usize);
 // The configuration admits what the devices take.
@@ -79,6 +80,9 @@ pub enum AssembleError {
     /// A device.
     #[error(transparent)]
     Board(#[from] BoardError),
+    /// The balloon.
+    #[error(transparent)]
+    Balloon(#[from] TargetTooLarge),
     /// A share.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -124,6 +128,7 @@ impl AssembleError {
             AssembleError::Channel(error) => error.exit(),
             AssembleError::Host { .. }
             | AssembleError::Board(_)
+            | AssembleError::Balloon(_)
             | AssembleError::Share(_)
             | AssembleError::Disk { .. }
             | AssembleError::Nic { .. } => VmmExit::Device,
@@ -170,6 +175,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
     board.add_pvpanic(&ends)?;
     board.add_virtio("virtio-rng", Box::new(Rng::new(poller.clone())))?;
+    let balloon = add_balloon(&mut board, config, &memory, &poller)?;
     let channel = match (inherited.owner, &config.vsock) {
         (Some(owner), Some(vsock)) => {
             let dials = &vsock.guest_may_dial;
@@ -216,11 +222,27 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         vcpus,
         serial,
         virtio,
+        balloon,
         disks,
         signals,
         power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
         phases: phases.clone(),
     })
+}
+
+/// Puts the balloon on the board.
+fn add_balloon(
+    board: &mut Board<'_>,
+    config: &MachineConfig,
+    memory: &GuestMemory,
+    poller: &Arc<Poller>,
+) -> Result<BalloonHandle, AssembleError> {
+    let balloon = Balloon::new(memory, poller.clone());
+    let handle = balloon.handle();
+    // At most 512 GiB, so it fits.
+    handle.set_target((config.balloon_mib << 8) as u32)?;
+    board.add_virtio("virtio-balloon", Box::new(balloon))?;
+    Ok(handle)
 }
 
 /// Puts a device for each disk on the board.

@@ -4,6 +4,7 @@
 use crate::end::{End, Ends};
 use crate::record::{ExitCounts, Phases};
 use crate::vcpus::Vcpus;
+use capsid_devices::balloon::BalloonHandle;
 use capsid_devices::blk::DiskIo;
 use capsid_devices::bus::BusDevice;
 use capsid_devices::event::{EventLoop, Interest, Poller, Readiness, Subscriber};
@@ -47,6 +48,8 @@ pub struct Machine {
     pub serial: Arc<Serial>,
     /// The virtio devices, for what failed in them.
     pub virtio: Vec<Arc<VirtioPci>>,
+    /// How memory is asked back.
+    pub balloon: BalloonHandle,
     /// Where the calls of the disks are made.
     pub disks: Option<Arc<DiskIo>>,
     /// SIGTERM and SIGINT.

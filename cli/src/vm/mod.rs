@@ -259,6 +259,7 @@ impl Inherited {
             id: id.to_owned(),
             cpus,
             memory_mib: memory,
+            balloon_mib: 0,
             kernel_fd: number(&self.kernel)?,
             initramfs_fd: Some(number(&self.initramfs)?),
             cmdline: String::new(),

@@ -80,13 +80,17 @@ pub trait VirtioDevice: Send {
     fn features(&self) -> u64;
 
     /// The device-specific configuration space, read as plain little-endian bytes; the transport cuts out
-    /// what the driver asked for and answers zero beyond its end. Writes by the driver are dropped.
+    /// what the driver asked for and answers zero beyond its end.
     fn config(&self) -> Vec<u8>;
 
     /// What the device counts, for as long as it lives.
     fn counters(&self) -> Arc<dyn Counters> {
         Arc::new(())
     }
+
+    /// The driver writes one access into the configuration space, at any offset, also beyond its end. Most devices have nothing there
+    /// that is the driver's to write.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
 
     /// Takes live queues. Kicks arrive on each queue's `kick` eventfd, which the device watches on its own
     /// thread or on the event loop it was built for.

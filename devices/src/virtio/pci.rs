@@ -6,7 +6,7 @@
 //! |--------|-------------------------------|-----------|
 //! | 0x0000 | common configuration          | 4.1.4.3   |
 //! | 0x1000 | ISR status                    | 4.1.4.5   |
-//! | 0x2000 | device configuration, read-only | 4.1.4.6 |
+//! | 0x2000 | device configuration          | 4.1.4.6   |
 //! | 0x3000 | notifications, 4 bytes a queue | 4.1.4.4  |
 //! | 0x4000 | MSI-X table                   | PCI 6.8.2 |
 //! | 0x5000 | MSI-X pending bits            | PCI 6.8.2 |
@@ -330,6 +330,8 @@ impl VirtioPci {
         let (page, at) = (offset / PAGE, offset % PAGE);
         match page {
             COMMON_PAGE => self.write_common(at, data),
+            // Inside the page, so it fits.
+            CONFIG_PAGE => self.core().device.write_config(at as usize, data),
             NOTIFY_PAGE => self.notify(at),
             TABLE_PAGE => self.shared.lock().msix.write_table(at, data),
             _ => {}

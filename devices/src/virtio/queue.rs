@@ -211,10 +211,24 @@ impl ActiveQueue {
         &mut self,
         memory: &GuestMemory,
         interrupt: &dyn Interrupt,
+        each: impl FnMut(Buffers<'_>) -> u32,
+    ) -> Result<(), ServeError> {
+        self.serve_up_to(self.size(), memory, interrupt, each)
+    }
+
+    /// The same with at most `most` chains a kick, where one costs much.
+    ///
+    /// # Errors
+    /// As [`ActiveQueue::serve`].
+    pub fn serve_up_to(
+        &mut self,
+        most: u16,
+        memory: &GuestMemory,
+        interrupt: &dyn Interrupt,
         mut each: impl FnMut(Buffers<'_>) -> u32,
     ) -> Result<(), ServeError> {
         let mut served = 0;
-        let mut left = self.size();
+        let mut left = most;
         self.disable_kicks(memory)?;
         loop {
             while left > 0 {

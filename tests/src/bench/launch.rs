@@ -89,6 +89,7 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
         id: "bench".to_owned(),
         cpus: Cpus::try_from(1).map_err(io::Error::other)?,
         memory_mib: MemoryMib::try_from(MEMORY_MIB).map_err(io::Error::other)?,
+        balloon_mib: 0,
         kernel_fd: inherited(&kernel)?,
         initramfs_fd: Some(inherited(&initramfs)?),
         cmdline: if own {

@@ -1,0 +1,278 @@
+//! The balloon device, and the handle by which the VMM asks for pages.
+
+use super::pages::PAGE_BYTES;
+use super::server::Server;
+use crate::GuestMemory;
+use crate::event::{EventLoop, Interest};
+use crate::virtio::device::{Activation, DeviceError, Interrupt, VirtioDevice};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion};
+
+/// Device type (section 5.5.1).
+const DEVICE_TYPE: u16 = 5;
+/// Sizes of the inflate, deflate, statistics, free page and reporting queue. Linux has one chain under way in each, and gives up without
+/// room for 32 ranges in that of reporting (PAGE_REPORTING_CAPACITY).
+///
+/// Section 5.5.2 numbers them so, also where some are not agreed on. Linux up to 6.12 leaves no gaps between those that are
+/// (`vp_find_vqs_msix`): its reporting queue is then the third.
+const QUEUE_SIZES: [u16; 5] = [16, 16, 32, 32, 32];
+/// How many of them every balloon has.
+pub(super) const PFN_QUEUES: usize = 2;
+
+/// VIRTIO_BALLOON_F_DEFLATE_ON_OOM.
+const DEFLATE_ON_OOM: u64 = 1 << 2;
+/// VIRTIO_BALLOON_F_PAGE_REPORTING.
+pub(super) const PAGE_REPORTING: u64 = 1 << 5;
+
+/// Where in `struct virtio_balloon_config` the driver writes how many pages it gave.
+const ACTUAL: usize = 4;
+
+/// The balloon.
+pub struct Balloon {
+    shared: Arc<Shared>,
+    event_loop: Arc<dyn EventLoop>,
+    active: Option<Active>,
+}
+
+/// The balloon, as the VMM holds it. Stays valid after the device is gone. For any thread.
+#[derive(Clone)]
+pub struct BalloonHandle(Arc<Shared>);
+
+/// More pages than the guest has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("a balloon of {asked} pages: the guest has only {max}")]
+pub struct TargetTooLarge {
+    /// What was asked for, in pages of 4 KiB.
+    pub asked: u32,
+    /// All memory of the guest, in pages of 4 KiB.
+    pub max: u32,
+}
+
+/// What a balloon has done. Nothing of it ever becomes less.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BalloonCounters {
+    /// Chains of free pages that the guest reported.
+    pub reports: u64,
+    /// Bytes of them that were given back.
+    pub reported_bytes: u64,
+    /// Bytes given back because the guest put them into the balloon.
+    pub inflated_bytes: u64,
+    /// Bytes that the guest named and that stayed: not memory, or more than one chain may name.
+    pub refused_bytes: u64,
+    /// Times that the host refused to take pages back.
+    pub errors: u64,
+}
+
+/// [`BalloonCounters`] while they count.
+#[derive(Default)]
+pub(super) struct Counting {
+    pub(super) reports: AtomicU64,
+    pub(super) reported_bytes: AtomicU64,
+    pub(super) inflated_bytes: AtomicU64,
+    pub(super) refused_bytes: AtomicU64,
+    pub(super) errors: AtomicU64,
+}
+
+/// What the device, its server and its handles share.
+pub(super) struct Shared {
+    /// Pages that the VMM asks for.
+    target: AtomicU32,
+    /// Pages that the driver says it gave.
+    actual: AtomicU32,
+    /// All pages of the guest.
+    max: u32,
+    /// The way to the driver, while there is one.
+    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    pub(super) counting: Counting,
+}
+
+impl Shared {
+    fn set_interrupt(&self, interrupt: Option<Arc<dyn Interrupt>>) {
+        *self
+            .interrupt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = interrupt;
+    }
+}
+
+/// A balloon between activation and reset.
+struct Active {
+    server: Arc<Mutex<Server>>,
+    watched: Vec<RawFd>,
+    event_loop: Arc<dyn EventLoop>,
+}
+
+impl Balloon {
+    /// An empty balloon for this memory that works on `event_loop`.
+    pub fn new(memory: &GuestMemory, event_loop: Arc<dyn EventLoop>) -> Balloon {
+        let bytes: u64 = memory.iter().map(GuestMemoryRegion::len).sum();
+        Balloon {
+            shared: Arc::new(Shared {
+                target: AtomicU32::new(0),
+                actual: AtomicU32::new(0),
+                max: u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX),
+                interrupt: Mutex::default(),
+                counting: Counting::default(),
+            }),
+            event_loop,
+            active: None,
+        }
+    }
+
+    /// What the VMM keeps.
+    pub fn handle(&self) -> BalloonHandle {
+        BalloonHandle(Arc::clone(&self.shared))
+    }
+}
+
+impl BalloonHandle {
+    /// Asks the guest for `pages` pages of 4 KiB in all, fewer than now to let it have some back. The guest takes its time, and a guest
+    /// without a driver does nothing.
+    ///
+    /// # Errors
+    /// It has not as many.
+    pub fn set_target(&self, pages: u32) -> Result<(), TargetTooLarge> {
+        let max = self.0.max;
+        if pages > max {
+            return Err(TargetTooLarge { asked: pages, max });
+        }
+        self.0.target.store(pages, Ordering::Relaxed);
+        let interrupt = self
+            .0
+            .interrupt
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(interrupt) = interrupt {
+            interrupt.config_changed();
+        }
+        Ok(())
+    }
+
+    /// What the guest was asked for, in pages of 4 KiB.
+    pub fn target(&self) -> u32 {
+        self.0.target.load(Ordering::Relaxed)
+    }
+
+    /// What the guest says that it gave, in pages of 4 KiB; never more than it has.
+    pub fn actual(&self) -> u32 {
+        self.0.actual.load(Ordering::Relaxed).min(self.0.max)
+    }
+
+    /// What was given back so far.
+    pub fn counters(&self) -> BalloonCounters {
+        let counting = &self.0.counting;
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        BalloonCounters {
+            reports: read(&counting.reports),
+            reported_bytes: read(&counting.reported_bytes),
+            inflated_bytes: read(&counting.inflated_bytes),
+            refused_bytes: read(&counting.refused_bytes),
+            errors: read(&counting.errors),
+        }
+    }
+}
+
+impl VirtioDevice for Balloon {
+    fn device_type(&self) -> u16 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        DEFLATE_ON_OOM | PAGE_REPORTING
+    }
+
+    /// `struct virtio_balloon_config` (section 5.5.4) up to `actual`.
+    fn config(&self) -> Vec<u8> {
+        let mut config = self
+            .shared
+            .target
+            .load(Ordering::Relaxed)
+            .to_le_bytes()
+            .to_vec();
+        config.extend_from_slice(&self.shared.actual.load(Ordering::Relaxed).to_le_bytes());
+        config
+    }
+
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let mut actual = self.shared.actual.load(Ordering::Relaxed).to_le_bytes();
+        for (at, byte) in (offset..).zip(data) {
+            if let Some(to) = at.checked_sub(ACTUAL).and_then(|at| actual.get_mut(at)) {
+                *to = *byte;
+            }
+        }
+        self.shared
+            .actual
+            .store(u32::from_le_bytes(actual), Ordering::Relaxed);
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let mut queues = activation.queues.into_iter();
+        let mut pfns = Vec::with_capacity(PFN_QUEUES);
+        for index in 0..PFN_QUEUES as u16 {
+            let queue = queues.next().flatten();
+            pfns.push(queue.ok_or(DeviceError::QueueMissing(index))?);
+        }
+        let reporting = match activation.features & PAGE_REPORTING {
+            0 => None,
+            // The only other one there is, wherever the driver put it.
+            _ => queues.flatten().next(),
+        };
+        let interrupt = activation.interrupt;
+        let server = Server::new(
+            activation.memory,
+            interrupt.clone(),
+            self.shared.clone(),
+            pfns,
+            reporting,
+        );
+        let watched = server.kicks();
+        // From here on a reset has something to undo, also if this fails half-way.
+        let active = self.active.insert(Active {
+            server: Arc::new(Mutex::new(server)),
+            watched: Vec::with_capacity(watched.len()),
+            event_loop: self.event_loop.clone(),
+        });
+        let interest = Interest {
+            readable: true,
+            writable: false,
+        };
+        for (token, kick) in watched {
+            let fd = kick.as_raw_fd();
+            self.event_loop
+                .watch(fd, interest, token, active.server.clone())
+                .map_err(|cause| DeviceError::Io {
+                    what: "watch the queues of the balloon",
+                    cause,
+                })?;
+            active.watched.push(fd);
+        }
+        self.shared.set_interrupt(Some(interrupt));
+        Ok(())
+    }
+
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        self.shared.set_interrupt(None);
+        // A driver that begins anew has all its pages (section 5.5.5).
+        self.shared.actual.store(0, Ordering::Relaxed);
+        self.active = None;
+        Ok(())
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        for fd in &self.watched {
+            self.event_loop.forget(*fd);
+        }
+        // Waits for what is being served; after it nothing touches guest memory.
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.stop();
+    }
+}
