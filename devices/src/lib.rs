@@ -15,6 +15,8 @@ pub mod event;
 pub mod fs;
 pub mod i8042;
 pub mod machine;
+pub mod mem;
+pub mod memory;
 pub mod net;
 pub mod pci;
 pub mod pvpanic;
@@ -26,5 +28,4 @@ pub mod testing;
 pub mod virtio;
 pub mod vsock;
 
-/// The guest's memory: regions shared by all of the VMM's threads.
-pub type GuestMemory = std::sync::Arc<vm_memory::GuestMemoryMmap<()>>;
+pub use memory::GuestMemory;

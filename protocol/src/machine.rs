@@ -153,6 +153,12 @@ pub struct MachineConfig {
     /// How much of it, in MiB, the balloon asks the guest to give back from the start.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub balloon_mib: u64,
+    /// The most memory that the guest may ever have; absent: what it has at the start. The rest is plugged and unplugged while it runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_max_mib: Option<MemoryMib>,
+    /// How much of that rest, in MiB, the guest is asked to plug from the start.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub plug_mib: u64,
     /// The guest kernel: ELF with a PVH note, or bzImage.
     pub kernel_fd: FdNumber,
     /// The initramfs, mapped or copied as it is.
@@ -342,6 +348,16 @@ pub enum ConfigError {
         /// Memory, in MiB.
         memory: u64,
     },
+    /// At most less than at the start, or more plugged than that.
+    #[error("{memory} MiB of memory and {plug} MiB to plug: this VM has {max} MiB at most")]
+    MemoryMax {
+        /// Memory at the start, in MiB.
+        memory: u64,
+        /// To plug, in MiB.
+        plug: u64,
+        /// The most, in MiB.
+        max: u64,
+    },
     /// Not an inheritable fd number.
     #[error("fd {0} cannot be an inherited resource, expected 3 or more")]
     Fd(i64),
@@ -439,13 +455,7 @@ impl MachineConfig {
         if !is_id(&self.id) {
             return Err(ConfigError::Id(self.id.clone()));
         }
-        let memory = self.memory_mib.get();
-        if self.balloon_mib > memory - MemoryMib::MIN {
-            return Err(ConfigError::Balloon {
-                balloon: self.balloon_mib,
-                memory,
-            });
-        }
+        self.check_memory()?;
         if self.cmdline.len() > CMDLINE_MAX_BYTES
             || !self.cmdline.bytes().all(|b| (b' '..=b'~').contains(&b))
         {
@@ -463,6 +473,28 @@ impl MachineConfig {
             Some(fd) => Err(ConfigError::FdTwice(fd)),
             None => Ok(()),
         }
+    }
+
+    fn check_memory(&self) -> Result<(), ConfigError> {
+        let memory = self.memory_mib.get();
+        if self.balloon_mib > memory - MemoryMib::MIN {
+            return Err(ConfigError::Balloon {
+                balloon: self.balloon_mib,
+                memory,
+            });
+        }
+        let max = self.memory_max_mib.map_or(memory, MemoryMib::get);
+        if max
+            .checked_sub(memory)
+            .is_none_or(|rest| self.plug_mib > rest)
+        {
+            return Err(ConfigError::MemoryMax {
+                memory,
+                plug: self.plug_mib,
+                max,
+            });
+        }
+        Ok(())
     }
 
     fn check_vsock(&self) -> Result<(), ConfigError> {

@@ -196,3 +196,20 @@ fn a_balloon_leaves_the_guest_what_it_runs_with() {
     config.balloon_mib = 64;
     config.to_json().expect("valid");
 }
+
+#[test]
+fn the_most_memory_is_no_less_than_that_at_the_start_and_what_is_plugged() {
+    let max = |mib| MemoryMib::try_from(mib).ok();
+    for (most, plug) in [(Some(127), 0), (None, 1), (Some(192), 65), (None, u64::MAX)] {
+        let error = refused(|config| {
+            config.memory_max_mib = most.and_then(max);
+            config.plug_mib = plug;
+        });
+        assert!(error.starts_with("128 MiB of memory and"), "{error}");
+    }
+    let mut config = example();
+    config.memory_max_mib = max(192);
+    config.plug_mib = 64;
+    let json = config.to_json().expect("valid");
+    assert_eq!(MachineConfig::from_json(&json).expect("valid"), config);
+}

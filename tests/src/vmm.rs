@@ -91,6 +91,8 @@ pub struct Guest<'a> {
     pub memory_mib: u64,
     /// What of it the balloon asks for, MiB.
     pub balloon_mib: u64,
+    /// What it is asked to plug besides, MiB.
+    pub plug_mib: u64,
     /// Disks.
     pub disks: &'a [Disk<'a>],
     /// Network cards.
@@ -104,6 +106,7 @@ impl Default for Guest<'_> {
             cpus: 1,
             memory_mib: MEMORY_MIB,
             balloon_mib: 0,
+            plug_mib: 0,
             disks: &[],
             nics: &[],
         }
@@ -173,6 +176,9 @@ impl Guest<'_> {
             cpus: Cpus::try_from(self.cpus).expect("cpus"),
             memory_mib: MemoryMib::try_from(self.memory_mib).expect("memory"),
             balloon_mib: self.balloon_mib,
+            memory_max_mib: (self.plug_mib > 0)
+                .then(|| MemoryMib::try_from(self.memory_mib + self.plug_mib).expect("memory")),
+            plug_mib: self.plug_mib,
             kernel_fd: number(kernel),
             initramfs_fd: Some(number(initramfs)),
             cmdline: CMDLINE.to_owned(),

@@ -13,7 +13,7 @@ use crate::jail::{self, JailError};
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::vm::Vm;
 use crate::kvm::{self, KvmError};
-use crate::layout;
+use crate::layout::{self, Pluggable};
 use crate::machine::{Machine, PowerOff, StopSignals};
 use crate::memory::{self, MemoryError};
 use crate::owner_channel::{ChannelError, OwnerChannel};
@@ -25,6 +25,7 @@ use capsid_devices::balloon::{Balloon, BalloonHandle, TargetTooLarge};
 use capsid_devices::blk::{self, Disk, DiskError, DiskIo, DiskSetup, EngineKind};
 use capsid_devices::event::Poller;
 use capsid_devices::fs::{FD_BUDGET_MIN, ShareError, ShareSetup, spawn_share_threads};
+use capsid_devices::mem::{Mem, MemHandle, NoPluggableRegion, RequestTooLarge};
 use capsid_devices::net::{self, Net, NetError, NetSetup};
 use capsid_devices::rng::Rng;
 use capsid_protocol::exit::VmmExit;
@@ -41,7 +42,7 @@ use vm_memory::{Bytes, GuestAddress};
 /// connections and for the VMM itself.
 const SHARE_FDS_MAX: usize = 12 * 1024;
 
-/// PCI functions besides disks, network cards and shares: pvpanic, rng, balloon, vsock.
+/// PCI functions besides memory that is plugged, disks, network cards and shares: pvpanic, rng, balloon, vsock.
 const ALWAYS_FUNCTIONS: usize = 4;
 
 const _: () = assert!(SHARE_FDS_MAX < jail::OPEN_FILES_MAX as usize);
@@ -83,6 +84,12 @@ pub enum AssembleError {
     /// The balloon.
     #[error(transparent)]
     Balloon(#[from] TargetTooLarge),
+    /// The device for memory that is plugged.
+    #[error(transparent)]
+    Mem(#[from] NoPluggableRegion),
+    /// More to plug than there may be.
+    #[error(transparent)]
+    Plug(#[from] RequestTooLarge),
     /// A share.
     #[error(transparent)]
     Share(#[from] ShareError),
@@ -129,6 +136,8 @@ impl AssembleError {
             AssembleError::Host { .. }
             | AssembleError::Board(_)
             | AssembleError::Balloon(_)
+            | AssembleError::Mem(_)
+            | AssembleError::Plug(_)
             | AssembleError::Share(_)
             | AssembleError::Disk { .. }
             | AssembleError::Nic { .. } => VmmExit::Device,
@@ -160,21 +169,24 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let parent = jail::isolate()?;
     phases.ended("config");
 
-    let memory = memory::map(config.memory_mib)?;
+    let pluggable = pluggable(config);
+    let memory = memory::map(config.memory_mib, pluggable.as_ref())?;
     phases.ended("memory");
 
     let kvm = kvm::open()?;
     let vm = Vm::new(&kvm, Arc::clone(&memory))?;
     let vcpus = make_vcpus(&kvm, &vm, config)?;
+    memory::refuse_wider_than(vcpus.address_bits, config.memory_mib, pluggable.as_ref())?;
     phases.ended("kvm");
 
     let ends = Ends::new().map_err(host("make the eventfd of the end"))?;
     let poller = Arc::new(Poller::new().map_err(host("make the event loop"))?);
-    let functions = ALWAYS_FUNCTIONS + config.disks.len() + config.nics.len() + config.shares.len();
-    let mut board = Board::new(&vm, &memory, functions);
+    let mut board = Board::new(&vm, &memory, functions(config, pluggable.is_some()));
     let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
     board.add_pvpanic(&ends)?;
     board.add_virtio("virtio-rng", Box::new(Rng::new(poller.clone())))?;
+    let mem = pluggable.map(|pluggable| add_mem(&mut board, config, &memory, &pluggable, &poller));
+    let mem = mem.transpose()?;
     let balloon = add_balloon(&mut board, config, &memory, &poller)?;
     let channel = match (inherited.owner, &config.vsock) {
         (Some(owner), Some(vsock)) => {
@@ -192,16 +204,8 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let (buses, virtio) = board.finish()?;
     phases.ended("devices");
 
-    let entry = boot::load(
-        &memory,
-        config.memory_mib,
-        &Guest {
-            kernel: &inherited.kernel,
-            initramfs: inherited.initramfs.as_ref(),
-            cmdline: &config.cmdline,
-            serial: config.serial.is_some(),
-        },
-    )?;
+    let (kernel, initramfs) = (&inherited.kernel, inherited.initramfs.as_ref());
+    let entry = load(&memory, config, kernel, initramfs)?;
     let vcpus = configure_vcpus(&memory, vcpus, config, &entry)?;
     phases.ended("load");
 
@@ -223,6 +227,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         serial,
         virtio,
         balloon,
+        mem,
         disks,
         signals,
         power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
@@ -242,6 +247,50 @@ fn add_balloon(
     // At most 512 GiB, so it fits.
     handle.set_target((config.balloon_mib << 8) as u32)?;
     board.add_virtio("virtio-balloon", Box::new(balloon))?;
+    Ok(handle)
+}
+
+/// Loads the guest's software.
+fn load(
+    memory: &GuestMemory,
+    config: &MachineConfig,
+    kernel: &File,
+    initramfs: Option<&File>,
+) -> Result<Entry, BootError> {
+    let guest = Guest {
+        kernel,
+        initramfs,
+        cmdline: &config.cmdline,
+        serial: config.serial.is_some(),
+    };
+    boot::load(memory, config.memory_mib, &guest)
+}
+
+/// How many PCI functions there are.
+fn functions(config: &MachineConfig, pluggable: bool) -> usize {
+    let given = config.disks.len() + config.nics.len() + config.shares.len();
+    ALWAYS_FUNCTIONS + usize::from(pluggable) + given
+}
+
+/// What may be plugged beyond the memory at the start, if anything may.
+fn pluggable(config: &MachineConfig) -> Option<Pluggable> {
+    let pluggable = layout::pluggable(config.memory_mib.bytes(), config.memory_max_mib?.bytes());
+    (!pluggable.range.is_empty()).then_some(pluggable)
+}
+
+/// Puts the device for memory that is plugged on the board.
+fn add_mem(
+    board: &mut Board<'_>,
+    config: &MachineConfig,
+    memory: &GuestMemory,
+    pluggable: &Pluggable,
+    poller: &Arc<Poller>,
+) -> Result<MemHandle, AssembleError> {
+    let backing = Arc::new(board.vm().clone());
+    let mem = Mem::new(memory, pluggable.max_bytes, backing, poller.clone())?;
+    let handle = mem.handle();
+    handle.request(config.plug_mib << 20)?;
+    board.add_virtio("virtio-mem", Box::new(mem))?;
     Ok(handle)
 }
 
@@ -337,6 +386,8 @@ fn confine_main(filter: &Filter) -> Result<(), AssembleError> {
 struct Prepared {
     vcpus: Vec<Vcpu>,
     leaves: Vec<Vec<kvm_bindings::kvm_cpuid_entry2>>,
+    /// Physical address bits of each.
+    address_bits: u32,
 }
 
 fn make_vcpus(kvm: &Kvm, vm: &Vm, config: &MachineConfig) -> Result<Prepared, AssembleError> {
@@ -352,6 +403,7 @@ fn make_vcpus(kvm: &Kvm, vm: &Vm, config: &MachineConfig) -> Result<Prepared, As
     let mut prepared = Prepared {
         vcpus: Vec::with_capacity(usize::from(count)),
         leaves: Vec::with_capacity(usize::from(count)),
+        address_bits: cpuid::physical_address_bits(supported.as_slice()),
     };
     for index in 0..count {
         let vcpu = Vcpu::new(vm, index)?;
@@ -367,8 +419,6 @@ fn make_vcpus(kvm: &Kvm, vm: &Vm, config: &MachineConfig) -> Result<Prepared, As
             .leaves
             .push(cpuid::for_cpu(supported.as_slice(), cpu));
     }
-    let bits = cpuid::physical_address_bits(supported.as_slice());
-    memory::refuse_wider_than(bits, config.memory_mib)?;
     Ok(prepared)
 }
 

@@ -87,6 +87,11 @@ impl<'a> Board<'a> {
         }
     }
 
+    /// The VM that this is the board of.
+    pub fn vm(&self) -> &Vm {
+        self.vm
+    }
+
     /// The serial port and the keyboard controller.
     ///
     /// # Errors

@@ -6,7 +6,7 @@
 //! 0x0000_6000  start info (PVH) and its module       0x0010_0000  kernel, initramfs, free memory
 //! 0x0000_7000  memory map (PVH), zero page (bzImage) 0xc000_0000  hole: PCI BARs, then IOAPIC, LAPIC, KVM's own
 //! 0x0002_0000  command line                          0x1_0000_0000  the memory that the hole pushed up
-//! 0x0009_fc00  MP table
+//! 0x0009_fc00  MP table                              behind it: memory that is plugged later, from a multiple of 2 GiB on
 //! ```
 
 use std::ops::Range;
@@ -102,6 +102,40 @@ pub fn low_memory_end(bytes: u64) -> u64 {
     bytes.min(HOLE_START)
 }
 
+/// Where the region of virtio-mem begins, at a multiple of this: the largest memory block of Linux on x86, by which it adds memory.
+const PLUGGABLE_ALIGN: u64 = 2 << 30;
+/// The length of the region is a multiple of this: the usual memory block of Linux on x86 (section size).
+const PLUGGABLE_UNIT: u64 = 128 << 20;
+/// Least size of a block: that of a huge page, so that unplugging takes none apart.
+const BLOCK_MIN_BYTES: u64 = 2 << 20;
+/// Most blocks: each that is plugged is a memory slot of KVM, which has 32,764 at most.
+const BLOCKS_MAX: u64 = 4096;
+
+/// Guest-physical address space for memory that is plugged while the guest runs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pluggable {
+    /// Behind all other memory, in whole memory blocks of Linux.
+    pub range: Range<u64>,
+    /// Size of the blocks that are plugged, a power of two, in bytes.
+    pub block_bytes: u64,
+    /// How much of it may ever be plugged, in bytes.
+    pub max_bytes: u64,
+}
+
+/// What may be plugged into a guest that begins with `bytes` of memory and has at most `max`.
+pub fn pluggable(bytes: u64, max: u64) -> Pluggable {
+    let end = memory_ranges(bytes).last().map_or(0, |range| range.end);
+    let start = end.max(HOLE_END).next_multiple_of(PLUGGABLE_ALIGN);
+    let max_bytes = max.saturating_sub(bytes);
+    let length = max_bytes.next_multiple_of(PLUGGABLE_UNIT);
+    let block_bytes = length.div_ceil(BLOCKS_MAX).next_power_of_two();
+    Pluggable {
+        range: start..start + length,
+        block_bytes: block_bytes.max(BLOCK_MIN_BYTES),
+        max_bytes,
+    }
+}
+
 /// What a memory map entry says of its range; the numbers of the e820 interface and of PVH.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
@@ -164,6 +198,39 @@ mod tests {
             if kind == MapKind::Ram {
                 assert!(range.end <= MP_TABLE || range.start >= KERNEL_MIN);
                 assert!(range.end <= HOLE_START || range.start >= HOLE_END);
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_plugged_lies_behind_all_memory_in_whole_memory_blocks() {
+        const MIB: u64 = 1 << 20;
+        let small = pluggable(256 * MIB, 1024 * MIB);
+        assert_eq!(
+            small,
+            Pluggable {
+                range: 4 * GIB..4 * GIB + 768 * MIB,
+                block_bytes: 2 * MIB,
+                max_bytes: 768 * MIB,
+            }
+        );
+        let above = pluggable(5 * GIB, 5 * GIB + 3 * MIB);
+        assert_eq!(above.range, 6 * GIB..6 * GIB + 128 * MIB);
+        assert_eq!(above.max_bytes, 3 * MIB);
+    }
+
+    #[test]
+    fn every_size_has_few_blocks_that_fill_the_region() {
+        for bytes in [64 << 20, 3 * GIB, 3 * GIB + (1 << 20), 300 * GIB] {
+            for more in [1 << 20, 8 * GIB, 8 * GIB + (1 << 20), 100 * GIB, 512 * GIB] {
+                let pluggable = pluggable(bytes, bytes + more);
+                let length = pluggable.range.end - pluggable.range.start;
+                let block = pluggable.block_bytes;
+                assert!(length % block == 0 && length / block <= BLOCKS_MAX);
+                assert!(block.is_power_of_two() && block <= PLUGGABLE_UNIT);
+                assert!(length >= more && pluggable.range.start % block == 0);
+                let last = memory_ranges(bytes).last().unwrap().end;
+                assert!(pluggable.range.start >= last.max(HOLE_END));
             }
         }
     }

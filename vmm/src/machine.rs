@@ -8,6 +8,7 @@ use capsid_devices::balloon::BalloonHandle;
 use capsid_devices::blk::DiskIo;
 use capsid_devices::bus::BusDevice;
 use capsid_devices::event::{EventLoop, Interest, Poller, Readiness, Subscriber};
+use capsid_devices::mem::MemHandle;
 use capsid_devices::serial::Serial;
 use capsid_devices::virtio::pci::VirtioPci;
 use capsid_protocol::exit::VmmExit;
@@ -50,6 +51,8 @@ pub struct Machine {
     pub virtio: Vec<Arc<VirtioPci>>,
     /// How memory is asked back.
     pub balloon: BalloonHandle,
+    /// How it is asked to have more or less, if it may have more than at the start.
+    pub mem: Option<MemHandle>,
     /// Where the calls of the disks are made.
     pub disks: Option<Arc<DiskIo>>,
     /// SIGTERM and SIGINT.

@@ -1,4 +1,4 @@
-//! The guest's memory: private anonymous memory, one mapping or, around the 3 to 4 GiB hole, two.
+//! The guest's memory: private anonymous memory, one mapping or, around the 3 to 4 GiB hole, two; and one more for what is plugged later.
 //!
 //! Not a memfd, which gets no huge pages by default (docs/decisions/0004). Not in core dumps: it is
 //! the guest's. Huge pages are asked for, and the mapping is aligned so that they can be used by the
@@ -8,14 +8,18 @@
 //! the same and kill us when memory is used up.
 #![allow(unsafe_code)] // mmap: there is no safe way to have memory that a guest writes to.
 
-use crate::layout;
+use crate::layout::{self, Pluggable};
 use capsid_devices::GuestMemory;
+use capsid_devices::memory::Region;
 use capsid_protocol::machine::MemoryMib;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::fs::File;
+use std::ops::Range;
 use std::sync::Arc;
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
+use vm_memory::{
+    GuestAddress, GuestMemory as _, GuestRegionCollection, GuestRegionMmap, MmapRegion,
+};
 
 /// Size and alignment of a huge page of x86-64, in bytes.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -59,24 +63,33 @@ pub enum MemoryError {
     },
 }
 
-/// Maps guest memory of this size. Nothing of it is backed yet: pages come on first touch.
+/// Maps guest memory of this size, and address space for what is `pluggable`. Nothing of it is backed yet: pages come on first touch.
 ///
 /// The mapping lasts as long as the process. One process runs one VM, and threads of devices hold the
 /// memory by clones of the `Arc`: nobody must ever find a page of it gone.
 ///
 /// # Errors
 /// The host cannot back it, or refused the mapping.
-pub fn map(size: MemoryMib) -> Result<GuestMemory, MemoryError> {
-    refuse_more_than(host_mib(), size)?;
-    let mib = size.get();
-    let mut regions = Vec::with_capacity(2);
+pub fn map(size: MemoryMib, pluggable: Option<&Pluggable>) -> Result<GuestMemory, MemoryError> {
+    let more = pluggable.map_or(0, |pluggable| pluggable.max_bytes >> 20);
+    let mib = size.get() + more;
+    refuse_more_than(host_mib(), mib)?;
+    let mut regions = Vec::with_capacity(3);
+    let region = |range: &Range<u64>| {
+        let region =
+            map_region(range.end - range.start).map_err(|cause| MemoryError::Map { mib, cause })?;
+        GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or(MemoryError::Layout { mib })
+    };
     for range in layout::memory_ranges(size.bytes()) {
-        let length = range.end - range.start;
-        let region = map_region(length).map_err(|cause| MemoryError::Map { mib, cause })?;
-        let region = GuestRegionMmap::new(region, GuestAddress(range.start));
-        regions.push(region.ok_or(MemoryError::Layout { mib })?);
+        regions.push(Region::boot(region(&range)?));
     }
-    match GuestMemoryMmap::from_regions(regions) {
+    if let Some(pluggable) = pluggable {
+        regions.push(Region::pluggable(
+            region(&pluggable.range)?,
+            pluggable.block_bytes,
+        ));
+    }
+    match GuestRegionCollection::from_regions(regions) {
         Ok(memory) => Ok(Arc::new(memory)),
         Err(_) => Err(MemoryError::Layout { mib }),
     }
@@ -116,23 +129,30 @@ pub fn map_file(
 ///
 /// # Errors
 /// It does.
-pub fn refuse_wider_than(bits: u32, size: MemoryMib) -> Result<(), MemoryError> {
-    let end = layout::memory_ranges(size.bytes())
-        .last()
-        .map_or(0, |range| range.end);
+pub fn refuse_wider_than(
+    bits: u32,
+    size: MemoryMib,
+    pluggable: Option<&Pluggable>,
+) -> Result<(), MemoryError> {
+    let ranges = layout::memory_ranges(size.bytes());
+    let last = pluggable
+        .map(|pluggable| &pluggable.range)
+        .or(ranges.last());
+    let end = last.map_or(0, |range| range.end);
     if bits < u64::BITS && end > 1 << bits {
+        let more = pluggable.map_or(0, |pluggable| pluggable.max_bytes >> 20);
         return Err(MemoryError::TooWide {
-            asked_mib: size.get(),
+            asked_mib: size.get() + more,
             bits,
         });
     }
     Ok(())
 }
 
-fn refuse_more_than(host_mib: u64, size: MemoryMib) -> Result<(), MemoryError> {
-    if size.get() > host_mib {
+fn refuse_more_than(host_mib: u64, asked_mib: u64) -> Result<(), MemoryError> {
+    if asked_mib > host_mib {
         return Err(MemoryError::TooMuch {
-            asked_mib: size.get(),
+            asked_mib,
             host_mib,
         });
     }
@@ -193,7 +213,7 @@ mod tests {
 
     #[test]
     fn every_byte_of_the_size_is_there_and_zero() {
-        let memory = map(mib(64)).unwrap();
+        let memory = map(mib(64), None).unwrap();
         let last = GuestAddress((64 << 20) - 8);
         assert_eq!(memory.read_obj::<u64>(last).unwrap(), 0);
         memory.write_obj(7u64, last).unwrap();
@@ -204,7 +224,7 @@ mod tests {
     #[test]
     fn memory_around_the_hole_is_two_aligned_regions_of_different_bytes() {
         // Only touched pages are backed, so this needs no 4 GiB of the host.
-        let Ok(memory) = map(mib(4096)) else {
+        let Ok(memory) = map(mib(4096), None) else {
             eprintln!("SKIPPED memory_around_the_hole: this host has less than 4 GiB");
             return;
         };
@@ -214,7 +234,8 @@ mod tests {
             .collect();
         assert_eq!(regions, [(0, 3 << 30), (4 << 30, 1 << 30)]);
         for region in memory.iter() {
-            assert_eq!(region.as_ptr() as usize % HUGE_PAGE_BYTES, 0);
+            let slice = memory.get_slice(region.start_addr(), 1).unwrap();
+            assert_eq!(slice.ptr_guard().as_ptr() as usize % HUGE_PAGE_BYTES, 0);
         }
         memory.write_obj(1u64, GuestAddress(0)).unwrap();
         memory.write_obj(2u64, GuestAddress(4 << 30)).unwrap();
@@ -223,19 +244,33 @@ mod tests {
     }
 
     #[test]
+    fn what_may_be_plugged_is_mapped_and_no_memory_yet() {
+        let pluggable = layout::pluggable(64 << 20, 256 << 20);
+        let memory = map(mib(64), Some(&pluggable)).unwrap();
+        let region = memory.iter().last().unwrap();
+        assert_eq!(region.start_addr().0, pluggable.range.start);
+        assert_eq!(region.len(), 256 << 20);
+        assert_eq!(region.blocks().unwrap().count(), 128);
+        assert!(memory.read_obj::<u8>(region.start_addr()).is_err());
+        let wide = |bits| refuse_wider_than(bits, mib(64), Some(&pluggable));
+        assert!(wide(32).is_err());
+        wide(33).unwrap();
+    }
+
+    #[test]
     fn more_than_the_host_has_is_refused_with_both_numbers() {
-        let refused = refuse_more_than(16_000, mib(16_001)).unwrap_err();
+        let refused = refuse_more_than(16_000, 16_001).unwrap_err();
         assert_eq!(
             refused.to_string(),
             "16001 MiB of guest memory: this host has only 16000 MiB; ask for less"
         );
-        refuse_more_than(16_000, mib(16_000)).unwrap();
+        refuse_more_than(16_000, 16_000).unwrap();
         assert!(host_mib() > 64);
     }
 
     #[test]
     fn a_mapped_file_is_read_and_written_but_never_changed() {
-        let memory = map(mib(64)).unwrap();
+        let memory = map(mib(64), None).unwrap();
         let mut file = File::from(memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap());
         file.write_all(&[7; 8192]).unwrap();
         map_file(&memory, 0x10_0000, &file, 4096, 4096).unwrap();
@@ -251,7 +286,7 @@ mod tests {
 
     #[test]
     fn parts_of_pages_and_ranges_outside_memory_are_not_mapped() {
-        let memory = map(mib(64)).unwrap();
+        let memory = map(mib(64), None).unwrap();
         let file = File::from(memfd_create(c"test", MemfdFlags::CLOEXEC).unwrap());
         for (place, offset, bytes) in [
             (1, 0, 4096),
@@ -271,10 +306,10 @@ mod tests {
 
     #[test]
     fn memory_beyond_the_address_bits_is_refused() {
-        assert!(refuse_wider_than(32, mib(4096)).is_err());
-        refuse_wider_than(32, mib(3072)).unwrap();
-        refuse_wider_than(39, mib(256 * 1024)).unwrap();
-        assert!(refuse_wider_than(39, mib(512 * 1024)).is_err());
-        refuse_wider_than(64, mib(512 * 1024)).unwrap();
+        assert!(refuse_wider_than(32, mib(4096), None).is_err());
+        refuse_wider_than(32, mib(3072), None).unwrap();
+        refuse_wider_than(39, mib(256 * 1024), None).unwrap();
+        assert!(refuse_wider_than(39, mib(512 * 1024), None).is_err());
+        refuse_wider_than(64, mib(512 * 1024), None).unwrap();
     }
 }

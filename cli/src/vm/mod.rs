@@ -260,6 +260,8 @@ impl Inherited {
             cpus,
             memory_mib: memory,
             balloon_mib: 0,
+            memory_max_mib: None,
+            plug_mib: 0,
             kernel_fd: number(&self.kernel)?,
             initramfs_fd: Some(number(&self.initramfs)?),
             cmdline: String::new(),

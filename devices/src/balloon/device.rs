@@ -4,7 +4,7 @@ use super::pages::PAGE_BYTES;
 use super::server::Server;
 use crate::GuestMemory;
 use crate::event::{EventLoop, Interest};
-use crate::virtio::device::{Activation, DeviceError, Interrupt, VirtioDevice};
+use crate::virtio::device::{Activation, DeviceError, Listener, VirtioDevice};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -83,18 +83,8 @@ pub(super) struct Shared {
     actual: AtomicU32,
     /// All pages of the guest.
     max: u32,
-    /// The way to the driver, while there is one.
-    interrupt: Mutex<Option<Arc<dyn Interrupt>>>,
+    listener: Listener,
     pub(super) counting: Counting,
-}
-
-impl Shared {
-    fn set_interrupt(&self, interrupt: Option<Arc<dyn Interrupt>>) {
-        *self
-            .interrupt
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner) = interrupt;
-    }
 }
 
 /// A balloon between activation and reset.
@@ -113,7 +103,7 @@ impl Balloon {
                 target: AtomicU32::new(0),
                 actual: AtomicU32::new(0),
                 max: u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX),
-                interrupt: Mutex::default(),
+                listener: Listener::default(),
                 counting: Counting::default(),
             }),
             event_loop,
@@ -139,15 +129,7 @@ impl BalloonHandle {
             return Err(TargetTooLarge { asked: pages, max });
         }
         self.0.target.store(pages, Ordering::Relaxed);
-        let interrupt = self
-            .0
-            .interrupt
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
-        if let Some(interrupt) = interrupt {
-            interrupt.config_changed();
-        }
+        self.0.listener.config_changed();
         Ok(())
     }
 
@@ -253,12 +235,12 @@ impl VirtioDevice for Balloon {
                 })?;
             active.watched.push(fd);
         }
-        self.shared.set_interrupt(Some(interrupt));
+        self.shared.listener.set(Some(interrupt));
         Ok(())
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
-        self.shared.set_interrupt(None);
+        self.shared.listener.set(None);
         // A driver that begins anew has all its pages (section 5.5.5).
         self.shared.actual.store(0, Ordering::Relaxed);
         self.active = None;

@@ -40,18 +40,38 @@ pub(crate) use queue::any_descriptor;
 pub use queue::{Buffer, RawDescriptor, Used};
 pub use routes::FakeRoutes;
 
-use crate::GuestMemory;
+use crate::memory::{self, GuestMemory};
 use std::sync::Arc;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestRegionCollection, GuestRegionMmap};
 
 #[cfg(doc)]
 use crate::virtio::device::VirtioDevice;
 
 /// Guest memory of these `(start, length)` regions.
 pub fn memory(regions: &[(u64, usize)]) -> GuestMemory {
-    let regions: Vec<(GuestAddress, usize)> = regions
+    let regions = regions
         .iter()
-        .map(|(start, length)| (GuestAddress(*start), *length))
-        .collect();
-    Arc::new(GuestMemoryMmap::from_ranges(&regions).expect("guest memory"))
+        .map(|region| memory::Region::boot(mapping(*region)));
+    of(regions.collect())
+}
+
+/// The same with a pluggable region behind them, in blocks of `block_bytes`.
+pub fn memory_with_blocks(
+    regions: &[(u64, usize)],
+    pluggable: (u64, usize),
+    block_bytes: u64,
+) -> GuestMemory {
+    let boot = regions
+        .iter()
+        .map(|region| memory::Region::boot(mapping(*region)));
+    let pluggable = memory::Region::pluggable(mapping(pluggable), block_bytes);
+    of(boot.chain([pluggable]).collect())
+}
+
+fn of(regions: Vec<memory::Region>) -> GuestMemory {
+    Arc::new(GuestRegionCollection::from_regions(regions).expect("guest memory"))
+}
+
+fn mapping((start, length): (u64, usize)) -> GuestRegionMmap<()> {
+    GuestRegionMmap::from_range(GuestAddress(start), length, None).expect("guest memory")
 }

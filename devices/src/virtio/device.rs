@@ -12,7 +12,7 @@
 use super::queue::{ActiveQueue, BadSettings};
 use crate::GuestMemory;
 use crate::counters::Counters;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// How a device tells the driver that something happened. Implemented by the transport; cheap and safe to
 /// call from any thread, also after a reset (then nothing happens).
@@ -24,6 +24,29 @@ pub trait Interrupt: Send + Sync {
     fn config_changed(&self);
     /// The device is in trouble that only a reset mends: sets DEVICE_NEEDS_RESET (section 2.1.2).
     fn needs_reset(&self);
+}
+
+/// The way to the driver while there is one, for what outlives an activation.
+#[derive(Default)]
+pub(crate) struct Listener(Mutex<Option<Arc<dyn Interrupt>>>);
+
+impl Listener {
+    /// To be told from now on.
+    pub(crate) fn set(&self, interrupt: Option<Arc<dyn Interrupt>>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = interrupt;
+    }
+
+    /// Tells the driver, if there is one, that the configuration space changed.
+    pub(crate) fn config_changed(&self) {
+        let interrupt = self
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
+        if let Some(interrupt) = interrupt {
+            interrupt.config_changed();
+        }
+    }
 }
 
 /// What a device gets when the driver sets DRIVER_OK.

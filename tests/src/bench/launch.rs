@@ -90,6 +90,8 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
         cpus: Cpus::try_from(1).map_err(io::Error::other)?,
         memory_mib: MemoryMib::try_from(MEMORY_MIB).map_err(io::Error::other)?,
         balloon_mib: 0,
+        memory_max_mib: None,
+        plug_mib: 0,
         kernel_fd: inherited(&kernel)?,
         initramfs_fd: Some(inherited(&initramfs)?),
         cmdline: if own {

@@ -54,3 +54,22 @@ fn a_balloon_takes_memory_and_gives_it_back_before_the_guest_kills_for_it() {
     assert_eq!(ended.code, POWERED_OFF, "{ended:?}");
     assert_eq!(ended.said, ["taken", "377487360"], "{ended:?}");
 }
+
+#[test]
+fn memory_is_plugged_as_it_was_asked_for_and_used() {
+    let guest = Guest {
+        script: "total() { sed -n 's/^MemTotal: *\\([0-9]*\\) kB$/\\1/p' /proc/meminfo; }\n\
+                 until [ $(total) -gt 716800 ]; do usleep 10000; done; say plugged\n\
+                 mount -t tmpfs -o size=500m big /mnt\n\
+                 dd if=/dev/zero of=/mnt/big bs=1M count=450 2>/dev/null; say $(wc -c < /mnt/big)\n\
+                 sleep 1000",
+        memory_mib: 256,
+        plug_mib: 512,
+        ..Guest::default()
+    };
+    let mut running = guest.start();
+    running.until_it_says("plugged");
+    running.until_it_says("471859200");
+    let held = running.resident_mib();
+    assert!((450..768).contains(&held), "{held} MiB");
+}

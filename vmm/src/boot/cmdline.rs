@@ -35,8 +35,10 @@ const ALWAYS: &[&str] = &[
     "fb_tunnels=none",
     "dummy.numdummies=0",
     "ifb.numifbs=0",
-    // Memory that the VMM adds is used at once.
+    // Memory that the VMM adds is used at once, most of it for what can be moved, so that it can be taken away again; but not so much that
+    // none is left for what cannot.
     "memhp_default_state=online",
+    "memory_hotplug.online_policy=auto-movable",
     // Waiting for a grace period is most of what a boot waits for.
     "rcupdate.rcu_expedited=1",
 ];

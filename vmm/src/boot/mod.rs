@@ -282,7 +282,7 @@ mod tests {
     }
 
     fn loaded(kernel: &[u8], initramfs: Option<&[u8]>) -> Result<(GuestMemory, Entry), BootError> {
-        let memory = memory::map(mib(64)).unwrap();
+        let memory = memory::map(mib(64), None).unwrap();
         let (kernel, initramfs) = (file(kernel), initramfs.map(file));
         let guest = Guest {
             kernel: &kernel,
@@ -338,7 +338,7 @@ mod tests {
     #[test]
     fn a_kernel_that_is_a_directory_or_a_pipe_is_refused() {
         let directory = File::open("/").unwrap();
-        let memory = memory::map(mib(64)).unwrap();
+        let memory = memory::map(mib(64), None).unwrap();
         let guest = Guest {
             kernel: &directory,
             initramfs: None,

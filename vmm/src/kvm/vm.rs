@@ -4,15 +4,24 @@
 use super::{KvmError, failed};
 use crate::layout;
 use capsid_devices::GuestMemory;
-use kvm_bindings::{KVM_MSI_VALID_DEVID, kvm_msi, kvm_userspace_memory_region};
+use capsid_devices::mem::{Backing, Block};
+use capsid_devices::memory::Region;
+use kvm_bindings::{
+    KVM_CAP_DISABLE_QUIRKS2, KVM_MSI_VALID_DEVID, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap,
+    kvm_msi, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::io::Errno;
+use std::io;
 use std::sync::{Arc, Mutex};
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 /// How often `KVM_CREATE_VM` is tried when a signal interrupts it; it undoes itself wholly each time.
 const CREATE_VM_TRIES: u32 = 8;
+
+/// What hands memory to KVM.
+const SET_MEMORY: &str = "KVM_SET_USER_MEMORY_REGION";
 
 /// A VM with its memory and its interrupt controllers. Clones are the same VM.
 #[derive(Clone)]
@@ -21,7 +30,7 @@ pub struct Vm {
     /// Held by the vCPU that empties the ring of collected writes, if this KVM collects any.
     collected: Option<Arc<Mutex<()>>>,
     /// Keeps the memory mapped as long as KVM may write to it.
-    _memory: GuestMemory,
+    memory: GuestMemory,
 }
 
 impl Vm {
@@ -32,6 +41,9 @@ impl Vm {
     pub fn new(kvm: &Kvm, memory: GuestMemory) -> Result<Vm, KvmError> {
         let fd = create(kvm)?;
         set_memory(&fd, &memory)?;
+        if memory.iter().any(|region| region.blocks().is_some()) {
+            keep_mappings(&fd);
+        }
         fd.set_tss_address(layout::KVM_TSS as usize)
             .map_err(failed("KVM_SET_TSS_ADDR"))?;
         fd.create_irq_chip().map_err(failed("KVM_CREATE_IRQCHIP"))?;
@@ -46,7 +58,7 @@ impl Vm {
         Ok(Vm {
             fd: Arc::new(fd),
             collected: collects.then(Arc::default),
-            _memory: memory,
+            memory,
         })
     }
 
@@ -109,6 +121,24 @@ impl Vm {
     }
 }
 
+/// Each block that is plugged is a slot: the guest reaches no other.
+impl Backing for Vm {
+    fn map(&self, block: Block<'_>) -> io::Result<()> {
+        self.set_block(&block, block.memory.len() as u64)
+    }
+
+    fn unmap(&self, block: Block<'_>) -> io::Result<()> {
+        self.set_block(&block, 0)
+    }
+}
+
+impl Vm {
+    fn set_block(&self, block: &Block<'_>, bytes: u64) -> io::Result<()> {
+        let slot = boot_regions(&self.memory).count() as u32 + block.number;
+        set_slot(&self.fd, slot, block.address, &block.memory, bytes).map_err(io::Error::other)
+    }
+}
+
 fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
     let mut tries = CREATE_VM_TRIES;
     loop {
@@ -120,27 +150,58 @@ fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
     }
 }
 
+/// Boot memory; blocks that are plugged later get slots behind it.
 fn set_memory(fd: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
-    for (slot, region) in memory.iter().enumerate() {
+    for (slot, region) in boot_regions(memory).enumerate() {
         let start = region.start_addr();
         let host = memory
-            .get_slice(GuestAddress(start.0), region.len() as usize)
+            .get_slice(start, region.len() as usize)
             .map_err(|_| KvmError::Ioctl {
-                what: "KVM_SET_USER_MEMORY_REGION",
+                what: SET_MEMORY,
                 cause: Errno::INVAL,
             })?;
-        let region = kvm_userspace_memory_region {
-            slot: slot as u32,
-            flags: 0,
-            guest_phys_addr: start.0,
-            memory_size: region.len(),
-            userspace_addr: host.ptr_guard_mut().as_ptr() as u64,
-        };
-        // SAFETY: the range is exactly one region of guest memory, which stays mapped as long as the process
-        // (`memory.rs`); the guest may write it at any time, and nothing in this process holds a reference
-        // into it.
-        unsafe { fd.set_user_memory_region(region) }
-            .map_err(failed("KVM_SET_USER_MEMORY_REGION"))?;
+        set_slot(fd, slot as u32, start.0, &host, region.len())?;
     }
     Ok(())
+}
+
+fn boot_regions(memory: &GuestMemory) -> impl Iterator<Item = &Region> {
+    memory.iter().filter(|region| region.blocks().is_none())
+}
+
+/// Puts the first `bytes` of `host` at `address`; 0 takes them away again.
+fn set_slot(
+    fd: &VmFd,
+    slot: u32,
+    address: u64,
+    host: &VolatileSlice<'_>,
+    bytes: u64,
+) -> Result<(), KvmError> {
+    let region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: address,
+        memory_size: bytes.min(host.len() as u64),
+        userspace_addr: host.ptr_guard_mut().as_ptr() as u64,
+    };
+    // SAFETY: the range is inside one region of guest memory, which stays mapped as long as the process
+    // (`memory.rs`); the guest may write it at any time, and nothing in this process holds a reference
+    // into it.
+    unsafe { fd.set_user_memory_region(region) }.map_err(failed(SET_MEMORY))
+}
+
+/// Without this, KVM drops all mappings of the guest whenever one slot goes (KVM_X86_QUIRK_SLOT_ZAP_ALL, Linux 6.12; before, it does so
+/// always). Then the guest faults them in again, which takes time and nothing else.
+fn keep_mappings(fd: &VmFd) {
+    let quirk = KVM_X86_QUIRK_SLOT_ZAP_ALL;
+    let known = fd.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
+    if known > 0 && known as u32 & quirk != 0 {
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_DISABLE_QUIRKS2,
+            ..kvm_enable_cap::default()
+        };
+        cap.args[0] = quirk.into();
+        // What it says it can, it can; and it is about speed alone.
+        let _ = fd.enable_cap(&cap);
+    }
 }

@@ -19,7 +19,7 @@ pub struct Filter(BpfProgram);
 /// The kinds of threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ThreadKind {
-    /// Event loop: vsock, rng, balloon, disks, network cards, owner channel, signals, the end.
+    /// Event loop: vsock, rng, balloon, memory that is plugged, disks, network cards, owner channel, signals, the end.
     Main,
     /// One vCPU: `KVM_RUN` and the registers of devices.
     Vcpu,

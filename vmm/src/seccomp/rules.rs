@@ -18,6 +18,9 @@ const KVM_RUN: u32 = 0xae80;
 /// `KVM_SIGNAL_MSI`.
 const KVM_SIGNAL_MSI: u32 = 0x4020_aea5;
 
+/// `KVM_SET_USER_MEMORY_REGION`.
+const KVM_SET_USER_MEMORY_REGION: u32 = 0x4020_ae46;
+
 const fn always(call: i64) -> Rule {
     Rule { call, when: &[] }
 }
@@ -97,6 +100,8 @@ pub(super) const MAIN: &[Rule] = &[
     when!(SYS_fcntl, 1, Test::Is(F_GETFL as u32)),
     when!(SYS_fcntl, 1, Test::Is(F_SETFL as u32)),
     when!(SYS_ioctl, 1, Test::Is(FIONBIO as u32)),
+    // Memory that is plugged and unplugged.
+    when!(SYS_ioctl, 1, Test::Is(KVM_SET_USER_MEMORY_REGION)),
     // Stopping the vCPU threads.
     when!(SYS_tgkill, 0, Test::IsOwnPid),
 ];

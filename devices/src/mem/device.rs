@@ -1,0 +1,247 @@
+//! The device, and the handle by which the VMM asks the guest to have more or less memory.
+
+use super::plugging::{Backing, Plugging};
+use super::request::Extent;
+use super::server::Server;
+use crate::GuestMemory;
+use crate::event::{EventLoop, Interest};
+use crate::virtio::device::{Activation, DeviceError, Listener, VirtioDevice};
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion};
+
+/// Device type (section 5.15.1).
+const DEVICE_TYPE: u16 = 24;
+/// Linux has one request under way.
+const QUEUE_SIZE: u16 = 16;
+/// VIRTIO_MEM_F_UNPLUGGED_INACCESSIBLE.
+const UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
+
+/// The device.
+pub struct Mem {
+    shared: Arc<Shared>,
+    plugging: Arc<Plugging>,
+    event_loop: Arc<dyn EventLoop>,
+    active: Option<Active>,
+}
+
+/// The device, as the VMM holds it. Stays valid after the device is gone. For any thread.
+#[derive(Clone)]
+pub struct MemHandle(Arc<Shared>);
+
+/// The memory has no region for blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the guest's memory has no region that can be plugged")]
+pub struct NoPluggableRegion;
+
+/// More than the guest may ever have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{asked} bytes of memory to plug: this guest can have {max}")]
+pub struct RequestTooLarge {
+    /// What was asked for, in bytes.
+    pub asked: u64,
+    /// The most, in bytes.
+    pub max: u64,
+}
+
+/// What the device has done.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MemCounters {
+    /// Requests of the driver.
+    pub requests: u64,
+    /// Those that were not done: they made no sense, or asked for more than was granted.
+    pub refused: u64,
+    /// Times that the host refused to map, unmap or take back a block.
+    pub errors: u64,
+}
+
+/// [`MemCounters`] while they count.
+#[derive(Default)]
+pub(super) struct Counting {
+    pub(super) requests: AtomicU64,
+    pub(super) refused: AtomicU64,
+    pub(super) errors: AtomicU64,
+}
+
+/// What the device, its server and its handles share.
+pub(super) struct Shared {
+    pub(super) extent: Extent,
+    /// Bytes that the guest may have plugged.
+    pub(super) requested: AtomicU64,
+    /// Bytes that it has.
+    pub(super) plugged: AtomicU64,
+    /// The most that it may be granted, in bytes.
+    max: u64,
+    listener: Listener,
+    pub(super) counting: Counting,
+}
+
+/// The device between activation and reset.
+struct Active {
+    server: Arc<Mutex<Server>>,
+    kick: RawFd,
+    event_loop: Arc<dyn EventLoop>,
+}
+
+impl Mem {
+    /// A device for the pluggable region of `memory`, with nothing plugged, that works on `event_loop`. The guest may be granted
+    /// `max` bytes at most.
+    ///
+    /// # Errors
+    /// There is no such region.
+    pub fn new(
+        memory: &GuestMemory,
+        max: u64,
+        backing: Arc<dyn Backing>,
+        event_loop: Arc<dyn EventLoop>,
+    ) -> Result<Mem, NoPluggableRegion> {
+        let found = memory
+            .iter()
+            .find_map(|region| Some((region, region.blocks()?)));
+        let (region, blocks) = found.ok_or(NoPluggableRegion)?;
+        let extent = Extent {
+            start: region.start_addr().0,
+            count: blocks.count().min(u64::from(u32::MAX)),
+            block_bytes: blocks.block_bytes(),
+        };
+        let shared = Arc::new(Shared {
+            extent,
+            requested: AtomicU64::new(0),
+            plugged: AtomicU64::new(0),
+            max: max.min(extent.bytes()),
+            listener: Listener::default(),
+            counting: Counting::default(),
+        });
+        let plugging = Plugging::new(Arc::clone(memory), backing, Arc::clone(&shared));
+        Ok(Mem {
+            shared,
+            plugging: Arc::new(plugging),
+            event_loop,
+            active: None,
+        })
+    }
+
+    /// What the VMM keeps.
+    pub fn handle(&self) -> MemHandle {
+        MemHandle(Arc::clone(&self.shared))
+    }
+}
+
+impl MemHandle {
+    /// Asks the guest to have `bytes` plugged, rounded down to whole blocks: to plug some, or to unplug what it has more. It takes its
+    /// time, may find that it can spare less, and without a driver does nothing. What it plugs is never more.
+    ///
+    /// # Errors
+    /// It can never have as much.
+    pub fn request(&self, bytes: u64) -> Result<(), RequestTooLarge> {
+        let max = self.0.max;
+        if bytes > max {
+            return Err(RequestTooLarge { asked: bytes, max });
+        }
+        let whole = bytes - bytes % self.0.extent.block_bytes;
+        self.0.requested.store(whole, Ordering::Relaxed);
+        self.0.listener.config_changed();
+        Ok(())
+    }
+
+    /// What the guest was asked to have, in bytes.
+    pub fn requested(&self) -> u64 {
+        self.0.requested.load(Ordering::Relaxed)
+    }
+
+    /// What it has plugged, in bytes. More than was requested while it unplugs.
+    pub fn plugged(&self) -> u64 {
+        self.0.plugged.load(Ordering::Relaxed)
+    }
+
+    /// What was counted so far.
+    pub fn counters(&self) -> MemCounters {
+        let counting = &self.0.counting;
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        MemCounters {
+            requests: read(&counting.requests),
+            refused: read(&counting.refused),
+            errors: read(&counting.errors),
+        }
+    }
+}
+
+impl VirtioDevice for Mem {
+    fn device_type(&self) -> u16 {
+        DEVICE_TYPE
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn features(&self) -> u64 {
+        UNPLUGGED_INACCESSIBLE
+    }
+
+    /// `struct virtio_mem_config` (section 5.15.4). All of the region is usable at any time.
+    fn config(&self) -> Vec<u8> {
+        let extent = self.shared.extent;
+        let fields = [
+            extent.block_bytes,
+            0, // node and padding: VIRTIO_MEM_F_ACPI_PXM is not offered
+            extent.start,
+            extent.bytes(),
+            extent.bytes(),
+            self.shared.plugged.load(Ordering::Relaxed),
+            self.shared.requested.load(Ordering::Relaxed),
+        ];
+        fields
+            .iter()
+            .flat_map(|field| field.to_le_bytes())
+            .collect()
+    }
+
+    fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let queue = activation.queues.into_iter().next().flatten();
+        let queue = queue.ok_or(DeviceError::QueueMissing(0))?;
+        let kick = queue.kick.as_raw_fd();
+        let interrupt = activation.interrupt;
+        let server = Arc::new(Mutex::new(Server::new(
+            activation.memory,
+            interrupt.clone(),
+            queue,
+            Arc::clone(&self.plugging),
+            Arc::clone(&self.shared),
+        )));
+        let interest = Interest {
+            readable: true,
+            writable: false,
+        };
+        self.event_loop
+            .watch(kick, interest, 0, server.clone())
+            .map_err(|cause| DeviceError::Io {
+                what: "watch the queue of the memory device",
+                cause,
+            })?;
+        self.active = Some(Active {
+            server,
+            kick,
+            event_loop: self.event_loop.clone(),
+        });
+        self.shared.listener.set(Some(interrupt));
+        Ok(())
+    }
+
+    /// What is plugged stays so (section 5.15.5): the next driver finds it in the configuration.
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        self.shared.listener.set(None);
+        self.active = None;
+        Ok(())
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.event_loop.forget(self.kick);
+        // Waits for what is being served; after it nothing touches guest memory.
+        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.stop();
+    }
+}

@@ -1,0 +1,96 @@
+//! The queue of the device between activation and reset, on the event loop: one request a turn.
+
+use super::device::Shared;
+use super::plugging::Plugging;
+use super::request::{REQUEST_BYTES, RESPONSE_BYTES, Request, Response};
+use crate::GuestMemory;
+use crate::event::{Readiness, Subscriber};
+use crate::virtio::chain::Buffers;
+use crate::virtio::device::Interrupt;
+use crate::virtio::queue::ActiveQueue;
+use std::io::{Read, Write};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vmm_sys_util::eventfd::EventFd;
+
+/// A live device.
+pub(super) struct Server {
+    memory: GuestMemory,
+    interrupt: Arc<dyn Interrupt>,
+    plugging: Arc<Plugging>,
+    shared: Arc<Shared>,
+    /// Gone after a reset: an event that is being delivered then may be of the next activation.
+    kick: Option<Arc<EventFd>>,
+    /// Gone after a reset and after the driver broke it.
+    queue: Option<ActiveQueue>,
+}
+
+impl Server {
+    pub(super) fn new(
+        memory: GuestMemory,
+        interrupt: Arc<dyn Interrupt>,
+        queue: ActiveQueue,
+        plugging: Arc<Plugging>,
+        shared: Arc<Shared>,
+    ) -> Server {
+        Server {
+            memory,
+            interrupt,
+            plugging,
+            shared,
+            kick: Some(Arc::clone(&queue.kick)),
+            queue: Some(queue),
+        }
+    }
+
+    /// Serves nothing any more.
+    pub(super) fn stop(&mut self) {
+        self.kick = None;
+        self.queue = None;
+    }
+}
+
+impl Subscriber for Server {
+    fn ready(&mut self, _token: u64, _readiness: Readiness) {
+        // Takes the event away, also of a broken queue, or the loop would spin on it (B2.11). An empty counter
+        // means that another turn has taken it.
+        if let Some(kick) = &self.kick {
+            let _ = kick.read();
+        }
+        let Some(queue) = &mut self.queue else {
+            return;
+        };
+        let (plugging, shared) = (&self.plugging, &self.shared);
+        let served = queue.serve_up_to(1, &self.memory, &*self.interrupt, |buffers| {
+            answer(plugging, shared, buffers)
+        });
+        if served.is_err() {
+            self.queue = None;
+            self.interrupt.needs_reset();
+        }
+    }
+}
+
+fn answer(plugging: &Plugging, shared: &Shared, mut buffers: Buffers<'_>) -> u32 {
+    let counting = &shared.counting;
+    counting.requests.fetch_add(1, Ordering::Relaxed);
+    // Without room for the answer nothing is done, for the driver would not know of it.
+    let response = if buffers.writable.remaining() < RESPONSE_BYTES {
+        None
+    } else {
+        let mut bytes = [0; REQUEST_BYTES];
+        let read = buffers.readable.remaining() >= REQUEST_BYTES
+            && buffers.readable.read_exact(&mut bytes).is_ok();
+        let request = read.then(|| Request::parse(bytes, shared.extent).ok());
+        let answered = request.flatten().map(|request| plugging.answer(request));
+        Some(answered.unwrap_or(Response::Error))
+    };
+    if !matches!(response, Some(Response::Ack | Response::State(_))) {
+        counting.refused.fetch_add(1, Ordering::Relaxed);
+    }
+    if let Some(response) = response {
+        // There is room.
+        let _ = buffers.writable.write_all(&response.bytes());
+    }
+    buffers.writable.written()
+}
