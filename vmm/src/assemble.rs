@@ -42,7 +42,7 @@ use vm_memory::{Bytes, GuestAddress};
 /// connections and for the VMM itself.
 const SHARE_FDS_MAX: usize = 12 * 1024;
 
-/// PCI functions besides memory that is plugged, disks, network cards and shares: pvpanic, rng, balloon, vsock.
+/// PCI functions besides memory that is plugged, disks, network cards and shares: pvpanic, rng, vsock, balloon.
 const ALWAYS_FUNCTIONS: usize = 4;
 
 const _: () = assert!(SHARE_FDS_MAX < jail::OPEN_FILES_MAX as usize);
@@ -185,9 +185,6 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
     board.add_pvpanic(&ends)?;
     board.add_virtio("virtio-rng", Box::new(Rng::new(poller.clone())))?;
-    let mem = pluggable.map(|pluggable| add_mem(&mut board, config, &memory, &pluggable, &poller));
-    let mem = mem.transpose()?;
-    let balloon = add_balloon(&mut board, config, &memory, &poller)?;
     let channel = match (inherited.owner, &config.vsock) {
         (Some(owner), Some(vsock)) => {
             let dials = &vsock.guest_may_dial;
@@ -198,6 +195,9 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         }
         _ => None,
     };
+    let mem = pluggable.map(|pluggable| add_mem(&mut board, config, &memory, &pluggable, &poller));
+    let mem = mem.transpose()?;
+    let balloon = add_balloon(&mut board, config, &memory, &poller)?;
     let disks = add_disks(&mut board, config, inherited.disks, &poller)?;
     add_nics(&mut board, config, inherited.nics, &poller)?;
     add_shares(&mut board, config, inherited.shares)?;
