@@ -19,7 +19,7 @@ use capsid_devices::pci::{
 use capsid_devices::pvpanic::{PVPANIC_BAR_BYTES, PvPanic};
 use capsid_devices::serial::{SERIAL_IRQ, SERIAL_PORT, SERIAL_PORT_BYTES, Serial};
 use capsid_devices::virtio::device::VirtioDevice;
-use capsid_devices::virtio::pci::{BAR_BYTES, TransportError, VirtioPci};
+use capsid_devices::virtio::pci::{BAR_BYTES, BarAddress, TransportError, VirtioPci};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -145,7 +145,13 @@ impl<'a> Board<'a> {
         // One vector a queue and one for the configuration.
         let vectors = device.queue_sizes().len() as u16 + 1;
         let routes = Arc::new(Messages::new(self.vm.clone(), vectors));
-        let transport = VirtioPci::new(name, device, Arc::clone(self.memory), routes, address)?;
+        let transport = VirtioPci::new(
+            name,
+            device,
+            Arc::clone(self.memory),
+            routes,
+            BarAddress::InRegister(address),
+        )?;
         for notify in transport.notify_addresses() {
             self.vm.add_ioeventfd(notify.address, &notify.kick)?;
         }
