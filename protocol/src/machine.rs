@@ -31,8 +31,8 @@ pub const DISK_ID_MAX_BYTES: usize = 20;
 /// Most host ports that a guest may be allowed to dial.
 pub const GUEST_DIAL_MAX: usize = 8;
 
-/// A number of virtual CPUs, all brought up at boot: 1 to 32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// A number of virtual CPUs: 1 to 32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "u64", into = "u64")]
 pub struct Cpus(u8);
 
@@ -146,8 +146,11 @@ pub struct MachineConfig {
     pub version: u32,
     /// Name of the VM for messages and thread names: 1 to 64 of `[A-Za-z0-9_.-]`.
     pub id: String,
-    /// Virtual CPUs.
+    /// Virtual CPUs that the guest brings up at boot.
     pub cpus: Cpus,
+    /// Virtual CPUs that the machine has; what is beyond `cpus` waits until the agent is told to bring it up. Absent: as many.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpus_max: Option<Cpus>,
     /// Guest memory.
     pub memory_mib: MemoryMib,
     /// How much of it, in MiB, the balloon asks the guest to give back from the start.
@@ -337,6 +340,14 @@ pub enum ConfigError {
     /// CPUs out of range.
     #[error("{0} cpus: a VM has 1 to {max}", max = Cpus::MAX)]
     Cpus(u64),
+    /// Fewer CPUs in the machine than are to come up.
+    #[error("cpus_max is {max}, and {cpus} cpus come up at boot")]
+    CpusMax {
+        /// CPUs of the machine.
+        max: u64,
+        /// CPUs at boot.
+        cpus: u64,
+    },
     /// Memory out of range.
     #[error("{0} MiB of memory: a VM has {min} to {max} MiB", min = MemoryMib::MIN, max = MemoryMib::MAX)]
     Memory(u64),
@@ -435,6 +446,11 @@ impl MachineConfig {
         Ok(json)
     }
 
+    /// The CPUs of the machine, those that come up at boot and those that wait.
+    pub fn cpus_present(&self) -> Cpus {
+        self.cpus_max.unwrap_or(self.cpus)
+    }
+
     /// Every inherited fd that the configuration names, in no particular order.
     pub fn fds(&self) -> Vec<FdNumber> {
         let mut fds = vec![self.kernel_fd];
@@ -460,6 +476,10 @@ impl MachineConfig {
             || !self.cmdline.bytes().all(|b| (b' '..=b'~').contains(&b))
         {
             return Err(ConfigError::Cmdline);
+        }
+        if self.cpus_present() < self.cpus {
+            let (max, cpus) = (self.cpus_present().into(), self.cpus.into());
+            return Err(ConfigError::CpusMax { max, cpus });
         }
         self.check_vsock()?;
         self.check_shares()?;

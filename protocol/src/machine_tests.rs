@@ -58,6 +58,25 @@ fn numbers_out_of_range_are_refused() {
 }
 
 #[test]
+fn a_machine_has_as_many_cpus_as_come_up_unless_it_says_more() {
+    let cpus = |count| Cpus::try_from(count).expect("cpus");
+    let mut config = example();
+    assert_eq!(config.cpus_present(), cpus(2));
+    config.cpus_max = Some(cpus(32));
+    assert_eq!(config.cpus_present(), cpus(32));
+    let json = config.to_json().expect("valid");
+    assert_eq!(MachineConfig::from_json(&json).expect("valid"), config);
+}
+
+#[test]
+fn fewer_cpus_than_come_up_are_refused() {
+    assert_eq!(
+        refused(|c| c.cpus_max = Some(Cpus::try_from(1).expect("cpus"))),
+        "cpus_max is 1, and 2 cpus come up at boot"
+    );
+}
+
+#[test]
 fn one_fd_for_two_things_is_refused() {
     assert_eq!(
         refused(|c| c.initramfs_fd = Some(c.kernel_fd)),

@@ -174,6 +174,7 @@ impl Guest<'_> {
             version: CONFIG_VERSION,
             id: "script".to_owned(),
             cpus: Cpus::try_from(self.cpus).expect("cpus"),
+            cpus_max: None,
             memory_mib: MemoryMib::try_from(self.memory_mib).expect("memory"),
             balloon_mib: self.balloon_mib,
             memory_max_mib: (self.plug_mib > 0)

@@ -262,6 +262,7 @@ fn load(
         initramfs,
         cmdline: &config.cmdline,
         serial: config.serial.is_some(),
+        maxcpus: (config.cpus < config.cpus_present()).then(|| config.cpus.get()),
     };
     boot::load(memory, config.memory_mib, &guest)
 }
@@ -391,7 +392,7 @@ struct Prepared {
 }
 
 fn make_vcpus(kvm: &Kvm, vm: &Vm, config: &MachineConfig) -> Result<Prepared, AssembleError> {
-    let count = config.cpus.get();
+    let count = config.cpus_present().get();
     let max = kvm.get_max_vcpus();
     if usize::from(count) > max {
         return Err(KvmError::TooManyCpus { max, asked: count }.into());
@@ -432,7 +433,7 @@ fn configure_vcpus(
         vcpu.configure(leaves, (index == 0).then_some(entry))?;
         if index == 0 {
             let cpu = cpuid::signature(leaves);
-            let table = mptable::table(config.cpus.get(), cpu);
+            let table = mptable::table(config.cpus_present().get(), cpu);
             let gdt: Vec<u8> = registers::gdt()
                 .iter()
                 .flat_map(|entry| entry.to_le_bytes())

@@ -258,6 +258,7 @@ impl Inherited {
             version: CONFIG_VERSION,
             id: id.to_owned(),
             cpus,
+            cpus_max: None,
             memory_mib: memory,
             balloon_mib: 0,
             memory_max_mib: None,

@@ -88,6 +88,7 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
         version: CONFIG_VERSION,
         id: "bench".to_owned(),
         cpus: Cpus::try_from(1).map_err(io::Error::other)?,
+        cpus_max: None,
         memory_mib: MemoryMib::try_from(MEMORY_MIB).map_err(io::Error::other)?,
         balloon_mib: 0,
         memory_max_mib: None,

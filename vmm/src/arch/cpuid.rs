@@ -45,7 +45,7 @@ const ECX_PERF_NB: u32 = 1 << 24;
 pub struct Cpu {
     /// Number of this vCPU, which is its APIC id.
     pub index: u8,
-    /// How many there are, 1 to 32.
+    /// How many there are, 1 to 32, those that come up later too.
     pub count: u8,
     /// Frequency of the guest's TSC, in kHz; 0 if KVM does not say.
     pub tsc_khz: u32,

@@ -51,14 +51,21 @@ const SILENT: &[&str] = &["loglevel=1", "earlycon=uart8250,io,0x3f8", "keep_boot
 /// With a serial port that somebody reads: a console on it.
 const CONSOLE: &[&str] = &["console=ttyS0", "8250.nr_uarts=1"];
 
-/// Puts the command line together. `serial` says whether somebody reads the serial port, `extra` comes
-/// last and so has the last word; `max_bytes` counts the NUL.
+/// Puts the command line together. `serial` says whether somebody reads the serial port, `maxcpus` how many of the
+/// CPUs come up where not all do, `extra` comes last and so has the last word; `max_bytes` counts the NUL.
 ///
 /// # Errors
 /// It is too long for the kernel.
-pub(super) fn assemble(serial: bool, extra: &str, max_bytes: usize) -> Result<CString, BootError> {
+pub(super) fn assemble(
+    serial: bool,
+    maxcpus: Option<u8>,
+    extra: &str,
+    max_bytes: usize,
+) -> Result<CString, BootError> {
     let console = if serial { CONSOLE } else { SILENT };
+    let maxcpus = maxcpus.map(|cpus| format!("maxcpus={cpus}"));
     let mut words: Vec<&str> = ALWAYS.iter().chain(console).copied().collect();
+    words.extend(maxcpus.as_deref());
     if !extra.is_empty() {
         words.push(extra);
     }
@@ -85,37 +92,45 @@ mod tests {
 
     #[test]
     fn what_the_configuration_adds_comes_last() {
-        let line = assemble(false, "init=/x loglevel=7", 2048).unwrap();
+        let line = assemble(false, None, "init=/x loglevel=7", 2048).unwrap();
         assert!(line.to_str().unwrap().ends_with(" init=/x loglevel=7"));
     }
 
     #[test]
     fn a_console_is_named_only_when_somebody_reads_it() {
-        let silent = assemble(false, "", 2048).unwrap();
+        let silent = assemble(false, None, "", 2048).unwrap();
         assert!(!silent.to_str().unwrap().contains("console=ttyS0"));
-        let loud = assemble(true, "", 2048).unwrap();
+        let loud = assemble(true, None, "", 2048).unwrap();
         assert!(loud.to_str().unwrap().contains("console=ttyS0"));
     }
 
     #[test]
     fn the_log_is_silenced_before_the_early_console_is_there_to_print_it() {
-        let line = assemble(false, "", 2048).unwrap();
+        let line = assemble(false, None, "", 2048).unwrap();
         let line = line.to_str().unwrap();
         let level = line.find("loglevel=1").unwrap();
         assert!(level < line.find("earlycon=").unwrap());
     }
 
     #[test]
+    fn the_number_of_cpus_is_told_only_where_some_wait() {
+        let all = assemble(false, None, "", 2048).unwrap();
+        assert!(!all.to_str().unwrap().contains("maxcpus"));
+        let some = assemble(false, Some(3), "quiet", 2048).unwrap();
+        assert!(some.to_str().unwrap().ends_with(" maxcpus=3 quiet"));
+    }
+
+    #[test]
     fn the_longest_extra_line_of_a_configuration_always_fits() {
         let extra = "x".repeat(CMDLINE_MAX_BYTES);
         for serial in [false, true] {
-            assemble(serial, &extra, layout::CMDLINE_BYTES as usize).unwrap();
+            assemble(serial, Some(32), &extra, layout::CMDLINE_BYTES as usize).unwrap();
         }
     }
 
     #[test]
     fn a_line_too_long_for_the_kernel_is_refused_with_both_lengths() {
-        let error = assemble(false, "x", 16).unwrap_err().to_string();
+        let error = assemble(false, None, "x", 16).unwrap_err().to_string();
         assert!(error.contains("at most 16 fit"), "{error}");
     }
 }

@@ -48,6 +48,8 @@ pub struct Guest<'a> {
     pub cmdline: &'a str,
     /// Whether somebody reads the serial port.
     pub serial: bool,
+    /// How many CPUs come up at boot, where the machine has more.
+    pub maxcpus: Option<u8>,
 }
 
 /// Loads kernel, initramfs and what the kernel is told into guest memory.
@@ -96,7 +98,12 @@ fn load_pvh(
 ) -> Result<Entry, BootError> {
     let room = room(size);
     let kernel = elf::parse(image, &room)?;
-    let line = cmdline::assemble(guest.serial, guest.cmdline, layout::CMDLINE_BYTES as usize)?;
+    let line = cmdline::assemble(
+        guest.serial,
+        guest.maxcpus,
+        guest.cmdline,
+        layout::CMDLINE_BYTES as usize,
+    )?;
     for segment in &kernel.segments {
         load_segment(memory, guest.kernel, segment)?;
     }
@@ -133,7 +140,7 @@ fn load_bzimage(
     let kernel = bzimage::parse(image, &room)?;
     let cmdline_max =
         (kernel.cmdline_max_bytes.saturating_add(1)).min(layout::CMDLINE_BYTES as usize);
-    let line = cmdline::assemble(guest.serial, guest.cmdline, cmdline_max)?;
+    let line = cmdline::assemble(guest.serial, guest.maxcpus, guest.cmdline, cmdline_max)?;
     copy(
         memory,
         guest.kernel,
@@ -289,6 +296,7 @@ mod tests {
             initramfs: initramfs.as_ref(),
             cmdline: "panic=7",
             serial: false,
+            maxcpus: None,
         };
         load(&memory, mib(64), &guest).map(|entry| (memory, entry))
     }
@@ -344,6 +352,7 @@ mod tests {
             initramfs: None,
             cmdline: "",
             serial: false,
+            maxcpus: None,
         };
         let error = load(&memory, mib(64), &guest).unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();
