@@ -1,6 +1,8 @@
 //! Why a call of the host is refused or fails; `server.rs` has the table to ttrpc's codes.
 
 use crate::cgroup::CgroupError;
+use crate::cpus::CpusError;
+use crate::hotplug::HotplugError;
 use crate::launch::LaunchError;
 use crate::pending::NoSuchStream;
 use crate::share::ShareError;
@@ -43,6 +45,10 @@ pub enum SandboxError {
     Cgroup(#[from] CgroupError),
     #[error(transparent)]
     Launch(#[from] LaunchError),
+    #[error(transparent)]
+    Hotplug(#[from] HotplugError),
+    #[error(transparent)]
+    Cpus(#[from] CpusError),
     #[error("{what}")]
     Io {
         what: &'static str,

@@ -447,7 +447,8 @@ async fn whole<T: Send + 'static>(
     joined.unwrap_or_else(|e| Err(io_error("the work was cut short")(io::Error::other(e))))
 }
 
-async fn blocking<T: Send + 'static>(
+/// Runs work that may block in the kernel on a thread for that; it goes on even if the caller stops waiting.
+pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
     let joined = tokio::task::spawn_blocking(work).await;

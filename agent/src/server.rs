@@ -1,6 +1,8 @@
 //! The ttrpc service: requests in the protocol's words to verbs of the sandbox, refusals to codes.
 
 use crate::cgroup::Figures;
+use crate::cpus::{CPUS, Cpus, CpusError};
+use crate::hotplug::{HotplugError, PciBus};
 use crate::last_words::chain;
 use crate::power::Power;
 use crate::sandbox::{Sandbox, SandboxError, StreamIds};
@@ -8,6 +10,9 @@ use crate::state::Refusal;
 use crate::system;
 use async_trait::async_trait;
 use capsid_protocol::agent as api;
+use capsid_protocol::control::PciAddress;
+use capsid_protocol::machine::{Mac, is_disk_id};
+use std::path::Path;
 use std::sync::Arc;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
@@ -15,11 +20,16 @@ use ttrpc::r#async::TtrpcContext;
 /// Longest text of an answered error, in bytes.
 const ERROR_MAX_BYTES: usize = 4096;
 
+/// Where the kernel shows the PCI bus.
+const PCI_BUS: &str = "/sys/bus/pci";
+
 /// The service of one guest.
 #[derive(Debug)]
 pub struct Service {
     sandbox: Arc<Sandbox>,
     power: Arc<Power>,
+    bus: PciBus,
+    cpus: Cpus,
     started_ns: u64,
 }
 
@@ -29,6 +39,8 @@ impl Service {
         Service {
             sandbox,
             power,
+            bus: PciBus::at(Path::new(PCI_BUS)),
+            cpus: Cpus::at(Path::new(CPUS)),
             started_ns,
         }
     }
@@ -39,20 +51,25 @@ fn code(error: &SandboxError) -> Code {
     match error {
         SandboxError::NoContainer(_)
         | SandboxError::NoExec { .. }
+        | SandboxError::Hotplug(HotplugError::NotOnBus(_))
         | SandboxError::Refused(Refusal::Gone) => Code::NOT_FOUND,
         SandboxError::Exists(_) => Code::ALREADY_EXISTS,
         SandboxError::BadId(_)
         | SandboxError::BadSpec(_)
         | SandboxError::BadRequest(_)
         | SandboxError::NotExecuted { .. }
+        | SandboxError::Cpus(CpusError::Count { .. })
         | SandboxError::NoStream(_) => Code::INVALID_ARGUMENT,
         SandboxError::Refused(Refusal::Wrong { .. })
         | SandboxError::Wrong(_)
+        | SandboxError::Hotplug(HotplugError::Another { .. } | HotplugError::InUse(_))
         | SandboxError::Share(_) => Code::FAILED_PRECONDITION,
         SandboxError::Full(_) => Code::RESOURCE_EXHAUSTED,
         SandboxError::NotStarted(_)
         | SandboxError::Cgroup(_)
         | SandboxError::Launch(_)
+        | SandboxError::Hotplug(_)
+        | SandboxError::Cpus(_)
         | SandboxError::Io { .. } => Code::INTERNAL,
     }
 }
@@ -72,6 +89,25 @@ impl From<SandboxError> for ttrpc::Error {
 
 fn invalid(what: impl std::fmt::Display) -> ttrpc::Error {
     ttrpc::Error::RpcStatus(ttrpc::get_status(Code::INVALID_ARGUMENT, what.to_string()))
+}
+
+fn pci_address(text: &str) -> Result<PciAddress, SandboxError> {
+    let address = PciAddress::try_from(text.to_owned());
+    address.map_err(|why| SandboxError::BadRequest(why.to_string()))
+}
+
+fn mac(text: &str) -> Result<Mac, SandboxError> {
+    let mac = Mac::try_from(text.to_owned());
+    mac.map_err(|why| SandboxError::BadRequest(why.to_string()))
+}
+
+fn disk_id(id: &str) -> Result<&str, SandboxError> {
+    match is_disk_id(id) {
+        true => Ok(id),
+        false => Err(SandboxError::BadRequest(format!(
+            "no disk has the id {id:?}"
+        ))),
+    }
 }
 
 fn streams(stdio: Option<&api::Stdio>) -> StreamIds {
@@ -281,6 +317,56 @@ impl api::Agent for Service {
             ..Default::default()
         });
         Ok(event)
+    }
+
+    async fn attach_disk(
+        &self,
+        _: &TtrpcContext,
+        request: api::DiskRequest,
+    ) -> Answer<api::AttachDiskResponse> {
+        let (at, id) = (pci_address(&request.pci_address)?, disk_id(&request.id)?);
+        let disk = self.bus.attach_disk(at, id).await?;
+        Ok(api::AttachDiskResponse {
+            device_name: disk.name,
+            major: disk.major,
+            minor: disk.minor,
+            ..Default::default()
+        })
+    }
+
+    async fn attach_nic(
+        &self,
+        _: &TtrpcContext,
+        request: api::NicRequest,
+    ) -> Answer<api::AttachNicResponse> {
+        let (at, mac) = (pci_address(&request.pci_address)?, mac(&request.mac)?);
+        Ok(api::AttachNicResponse {
+            interface_name: self.bus.attach_nic(at, mac).await?,
+            ..Default::default()
+        })
+    }
+
+    async fn detach_disk(&self, _: &TtrpcContext, request: api::DiskRequest) -> Answer<api::Empty> {
+        let (at, id) = (pci_address(&request.pci_address)?, disk_id(&request.id)?);
+        self.bus.detach_disk(at, id).await?;
+        Ok(api::Empty::default())
+    }
+
+    async fn detach_nic(&self, _: &TtrpcContext, request: api::NicRequest) -> Answer<api::Empty> {
+        let (at, mac) = (pci_address(&request.pci_address)?, mac(&request.mac)?);
+        self.bus.detach_nic(at, mac).await?;
+        Ok(api::Empty::default())
+    }
+
+    async fn online_cpus(
+        &self,
+        _: &TtrpcContext,
+        request: api::OnlineCpusRequest,
+    ) -> Answer<api::OnlineCpusResponse> {
+        Ok(api::OnlineCpusResponse {
+            online_cpus: self.cpus.online(request.count).await?,
+            ..Default::default()
+        })
     }
 
     async fn power_off(&self, _: &TtrpcContext, _: api::Empty) -> Answer<api::Empty> {

@@ -575,7 +575,7 @@ impl MachineConfig {
 
 /// Checks what a disk is called and how many queues it has.
 pub(crate) fn check_disk(id: &str, queues: u8) -> Result<(), ConfigError> {
-    if !is_id(id) || id.len() > DISK_ID_MAX_BYTES {
+    if !is_disk_id(id) {
         return Err(ConfigError::DiskId(id.to_owned()));
     }
     if !(1..=DISK_QUEUES_MAX).contains(&queues) {
@@ -597,6 +597,11 @@ fn at_most(what: &'static str, count: usize, max: usize) -> Result<(), ConfigErr
         return Err(ConfigError::TooMany { what, count, max });
     }
     Ok(())
+}
+
+/// The ids of disks: as [`is_id`], and at most [`DISK_ID_MAX_BYTES`] long.
+pub fn is_disk_id(id: &str) -> bool {
+    is_id(id) && id.len() <= DISK_ID_MAX_BYTES
 }
 
 /// The alphabet of VM, container and exec ids: 1 to 64 characters of `[A-Za-z0-9_.-]`, not `.` or `..`
