@@ -303,7 +303,7 @@ fn archive(script: &str) -> Vec<u8> {
 }
 
 /// One entry of a cpio archive in the kernel's format (Documentation/driver-api/early-userspace/buffer-format.rst).
-fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
+pub(crate) fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
     let size = u32::try_from(content.len()).expect("a small file");
     let name_size = u32::try_from(name.len() + 1).expect("a short name");
     archive.extend_from_slice(b"070701");
@@ -319,7 +319,7 @@ fn entry(archive: &mut Vec<u8>, name: &str, mode: u32, content: &[u8]) {
 }
 
 /// The one program of the test image.
-fn busybox() -> Vec<u8> {
+pub(crate) fn busybox() -> Vec<u8> {
     for layer in image_layers() {
         let mut layer = tar::Archive::new(layer.as_slice());
         for entry in layer.entries().expect("a layer") {

@@ -1,0 +1,274 @@
+//! A VM with our agent in it and the test as its owner: the test starts `capsid-vmm`, takes the agent's one connection and
+//! calls it as `capsid` does. Containers live in the guest's initramfs, so nothing is shared with the host.
+//!
+//! Every wait has a deadline, and the VMM is killed when the guest is dropped.
+
+use crate::vmm::{self, JAIL_ID, busybox, command, inherited, memfd};
+use capsid_protocol::agent::{
+    AgentClient, CreateContainerRequest, ExecRequest, ProcessRequest, StartContainerRequest,
+    StartSandboxRequest, StartSandboxResponse, Stdio as StreamIds,
+};
+use capsid_protocol::machine::{
+    CONFIG_VERSION, Cpus, FdNumber, GuestDial, JailConfig, MachineConfig, MemoryMib, VsockConfig,
+};
+use capsid_protocol::vsock::{AGENT_RPC_PORT, AGENT_STREAM_PORT, OwnerMessage, StreamHeader};
+use nix::sys::socket::{
+    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
+    sendmsg, setsockopt, socketpair, sockopt,
+};
+use nix::sys::time::TimeVal;
+use serde_json::{Value, json};
+use std::fs::{self, File};
+use std::io::{IoSlice, IoSliceMut, Read, Seek, Write};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Stdio};
+use ttrpc::context::{Context, with_timeout};
+
+/// How long a guest may take until its agent dials, in seconds; an emulated host is some thirty times slower than a real one.
+const DIAL_TIMEOUT_S: i64 = 240;
+/// No call takes longer, but for a hang.
+const CALL_TIMEOUT_NS: i64 = 120_000_000_000;
+/// Memory of the guest, in MiB.
+const MEMORY_MIB: u64 = 192;
+/// Where the containers' files are in the guest.
+const ROOTFS: &str = "/box";
+
+/// A guest that runs.
+pub struct Guest {
+    /// The calls to its agent.
+    pub agent: AgentClient,
+    /// What it said first.
+    pub hello: StartSandboxResponse,
+    owner: OwnedFd,
+    vmm: Child,
+    streams: u64,
+}
+
+/// The deadline of one call.
+pub fn context() -> Context {
+    with_timeout(CALL_TIMEOUT_NS)
+}
+
+impl Guest {
+    /// Boots a guest in which `cpus` CPUs come up and which has `cpus_max`, and waits for its agent.
+    ///
+    /// # Panics
+    /// It does not come up.
+    pub fn start(cpus: u64, cpus_max: u64) -> Guest {
+        let kernel = File::open(crate::capsid::kernel()).expect("the guest kernel");
+        let mut initramfs = memfd("initramfs").expect("memory");
+        initramfs.write_all(&initramfs_with_box()).expect("memory");
+        initramfs.rewind().expect("memory");
+        let (owner, vmm_end) = socketpair(
+            AddressFamily::Unix,
+            SockType::SeqPacket,
+            None,
+            SockFlag::SOCK_CLOEXEC,
+        )
+        .expect("sockets");
+        let limit = TimeVal::new(DIAL_TIMEOUT_S, 0);
+        setsockopt(&owner, sockopt::ReceiveTimeout, &limit).expect("a deadline");
+        let number = |fd: &dyn std::os::fd::AsFd| -> FdNumber {
+            inherited(&fd.as_fd()).expect("an fd for the VMM")
+        };
+        let count = |count| Cpus::try_from(count).expect("cpus");
+        let config = MachineConfig {
+            version: CONFIG_VERSION,
+            id: "guest".to_owned(),
+            cpus: count(cpus),
+            cpus_max: Some(count(cpus_max)),
+            memory_mib: MemoryMib::try_from(MEMORY_MIB).expect("memory"),
+            kernel_fd: number(&kernel),
+            initramfs_fd: Some(number(&initramfs)),
+            cmdline: String::new(),
+            vsock: Some(VsockConfig {
+                owner_fd: number(&vmm_end),
+                guest_may_dial: vec![GuestDial {
+                    port: AGENT_RPC_PORT,
+                    connections: 1,
+                }],
+            }),
+            shares: Vec::new(),
+            disks: Vec::new(),
+            nics: Vec::new(),
+            serial: None,
+            report_fd: None,
+            jail: JailConfig {
+                uid: JAIL_ID,
+                gid: JAIL_ID,
+            },
+        };
+        let (mut command, _config) = command(&config).expect("a configuration");
+        let vmm = command.stdout(Stdio::null()).spawn();
+        let vmm = vmm.expect("capsid-vmm is on the PATH");
+        drop(vmm_end);
+        let channel = accept(&owner);
+        let client = ttrpc::Client::new(channel.into_raw_fd()).expect("a client");
+        let agent = AgentClient::new(client);
+        let hello = agent.start_sandbox(context(), &StartSandboxRequest::default());
+        Guest {
+            hello: hello.expect("an agent"),
+            agent,
+            owner,
+            vmm,
+            streams: 0,
+        }
+    }
+
+    /// Process id of the VMM.
+    pub fn vmm(&self) -> u32 {
+        self.vmm.id()
+    }
+
+    /// A container that only sleeps, for [`Guest::exec`].
+    ///
+    /// # Panics
+    /// It does not start.
+    pub fn sleeper(&mut self, id: &str) {
+        let request = CreateContainerRequest {
+            container_id: id.into(),
+            spec_json: spec().to_string().into_bytes(),
+            ..Default::default()
+        };
+        let created = self.agent.create_container(context(), &request);
+        created.expect("created");
+        let request = StartContainerRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let started = self.agent.start_container(context(), &request);
+        started.expect("started");
+    }
+
+    /// Runs a shell line in a container; its output, without the last line's end.
+    ///
+    /// # Panics
+    /// It does not end with 0.
+    pub fn exec(&mut self, id: &str, line: &str) -> String {
+        let (stdout, mut output) = self.dial();
+        let mut process = spec()["process"].clone();
+        process["args"] = json!(["sh", "-c", line]);
+        let exec_id = format!("exec-{stdout}");
+        let request = ExecRequest {
+            container_id: id.into(),
+            exec_id: exec_id.clone(),
+            process_json: process.to_string().into_bytes(),
+            stdio: Some(StreamIds {
+                stdout,
+                ..Default::default()
+            })
+            .into(),
+            ..Default::default()
+        };
+        self.agent.exec(context(), &request).expect("executed");
+        let mut text = String::new();
+        output.read_to_string(&mut text).expect("its output");
+        let request = ProcessRequest {
+            container_id: id.into(),
+            exec_id,
+            ..Default::default()
+        };
+        let ended = self.agent.wait(context(), &request).expect("ended");
+        assert_eq!(ended.exit_status, 0, "{line}: {text}");
+        text.trim_end().to_owned()
+    }
+
+    /// A stream to the agent.
+    fn dial(&mut self) -> (u64, UnixStream) {
+        let (mut ours, theirs) = UnixStream::pair().expect("sockets");
+        let packet = OwnerMessage::Connect {
+            port: AGENT_STREAM_PORT,
+        };
+        let fds = [theirs.as_raw_fd()];
+        sendmsg::<()>(
+            self.owner.as_raw_fd(),
+            &[IoSlice::new(&packet.encode())],
+            &[ControlMessage::ScmRights(&fds)],
+            MsgFlags::MSG_NOSIGNAL,
+            None,
+        )
+        .expect("the VMM takes packets");
+        self.streams += 1;
+        let stream_id = self.streams;
+        let header = StreamHeader::Stdio { stream_id };
+        ours.write_all(&header.encode()).expect("a header");
+        (stream_id, ours)
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        // Fails only when it has ended already.
+        let _ended = self.vmm.kill();
+        let _reaped = self.vmm.wait();
+    }
+}
+
+/// The agent's connection, which is the first thing that comes over the owner channel.
+#[allow(unsafe_code)] // nix gives received descriptors as numbers
+fn accept(owner: &OwnedFd) -> OwnedFd {
+    let mut packet = [0; OwnerMessage::BYTES];
+    let mut space = nix::cmsg_space!([i32; 1]);
+    let mut buffers = [IoSliceMut::new(&mut packet)];
+    let message = recvmsg::<()>(
+        owner.as_raw_fd(),
+        &mut buffers,
+        Some(&mut space),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )
+    .expect("the agent dials");
+    assert!(message.bytes > 0, "the VMM ended before its agent dialled");
+    let fds = message.cmsgs().expect("control messages");
+    let fds: Vec<i32> = fds
+        .filter_map(|message| match message {
+            ControlMessageOwned::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    let [fd] = fds[..] else {
+        panic!("one fd comes with a connection, not {fds:?}");
+    };
+    // SAFETY: the kernel has just made this descriptor for us (SCM_RIGHTS), and nobody else knows its number.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Our initramfs, followed by an archive with busybox in [`ROOTFS`]: the kernel unpacks one behind the other.
+fn initramfs_with_box() -> Vec<u8> {
+    let path = std::env::var_os("CAPSID_INITRAMFS")
+        .expect("CAPSID_INITRAMFS names our initramfs; `cargo xtask test` sets it");
+    let mut bytes = fs::read(path).expect("the initramfs");
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    let root = ROOTFS.trim_start_matches('/');
+    let mut entries: Vec<(String, u32, Vec<u8>)> = ["", "/bin", "/dev", "/proc", "/sys"]
+        .iter()
+        .map(|name| (format!("{root}{name}"), 0o040_755, Vec::new()))
+        .collect();
+    entries.push((format!("{root}/bin/busybox"), 0o100_755, busybox()));
+    for applet in ["sh", "sleep", "nproc", "cat", "ls", "grep"] {
+        entries.push((
+            format!("{root}/bin/{applet}"),
+            0o120_777,
+            b"busybox".to_vec(),
+        ));
+    }
+    for (name, mode, content) in entries {
+        vmm::entry(&mut bytes, &name, mode, &content);
+    }
+    vmm::entry(&mut bytes, "TRAILER!!!", 0, &[]);
+    bytes
+}
+
+fn spec() -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {"terminal": false, "user": {"uid": 0, "gid": 0}, "args": ["sleep", "100000"],
+                    "env": ["PATH=/bin"], "cwd": "/"},
+        "root": {"path": ROOTFS, "readonly": true},
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"},
+                   {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},
+                   {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]}],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]}
+    })
+}
