@@ -3,13 +3,14 @@
 //!
 //! Every wait has a deadline, and the VMM is killed when the guest is dropped.
 
-use crate::vmm::{self, JAIL_ID, busybox, command, inherited, memfd};
+use crate::vmm::{self, Disk, JAIL_ID, busybox, command, inherited, memfd};
 use capsid_protocol::agent::{
     AgentClient, CreateContainerRequest, ExecRequest, ProcessRequest, StartContainerRequest,
     StartSandboxRequest, StartSandboxResponse, Stdio as StreamIds,
 };
 use capsid_protocol::machine::{
-    CONFIG_VERSION, Cpus, FdNumber, GuestDial, JailConfig, MachineConfig, MemoryMib, VsockConfig,
+    CONFIG_VERSION, Cpus, DiskConfig, FdNumber, GuestDial, JailConfig, MachineConfig, MemoryMib,
+    VsockConfig,
 };
 use capsid_protocol::vsock::{AGENT_RPC_PORT, AGENT_STREAM_PORT, OwnerMessage, StreamHeader};
 use nix::sys::socket::{
@@ -51,11 +52,11 @@ pub fn context() -> Context {
 }
 
 impl Guest {
-    /// Boots a guest in which `cpus` CPUs come up and which has `cpus_max`, and waits for its agent.
+    /// Boots a guest in which `cpus` CPUs come up and which has `cpus_max`, with `disks`, and waits for its agent.
     ///
     /// # Panics
     /// It does not come up.
-    pub fn start(cpus: u64, cpus_max: u64) -> Guest {
+    pub fn start(cpus: u64, cpus_max: u64, disks: &[Disk<'_>]) -> Guest {
         let kernel = File::open(crate::capsid::kernel()).expect("the guest kernel");
         let mut initramfs = memfd("initramfs").expect("memory");
         initramfs.write_all(&initramfs_with_box()).expect("memory");
@@ -90,7 +91,15 @@ impl Guest {
                 }],
             }),
             shares: Vec::new(),
-            disks: Vec::new(),
+            disks: disks
+                .iter()
+                .map(|disk| DiskConfig {
+                    fd: number(disk.file),
+                    id: disk.id.to_owned(),
+                    read_only: disk.read_only,
+                    queues: disk.queues,
+                })
+                .collect(),
             nics: Vec::new(),
             serial: None,
             report_fd: None,

@@ -10,6 +10,8 @@ mod disks;
 mod exits;
 #[path = "system/faults.rs"]
 mod faults;
+#[path = "system/hotplug.rs"]
+mod hotplug;
 #[path = "system/images.rs"]
 mod images;
 #[path = "system/leaks.rs"]

@@ -32,7 +32,7 @@ fn ticks(guest: &Guest, vcpu: u32) -> u64 {
 #[test]
 fn cpus_come_up_and_go_down_when_the_owner_says_so_and_containers_have_them() {
     let before = Ledger::now();
-    let mut guest = Guest::start(1, 4);
+    let mut guest = Guest::start(1, 4, &[]);
     assert_eq!(guest.hello.online_cpus, 1);
     guest.sleeper("c1");
     assert_eq!(guest.exec("c1", "nproc"), "1");
