@@ -2,7 +2,7 @@
 //! resource an inherited fd by number. Parsed once; a [`MachineConfig`] that exists is valid.
 //!
 //! Unknown fields, numbers out of range and fds named twice are refused with one sentence. Nothing in
-//! here names a path. The VMM opens two by itself, `/dev/kvm` and `/proc/self/fd`, before its jail closes.
+//! here names a path. The VMM opens three by itself, `/dev/kvm`, `/proc/self/fd` and `/proc/self/stat`, before its jail closes.
 
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;

@@ -109,7 +109,7 @@ impl Guest {
             },
         };
         let (mut command, _config) = command(&config).expect("a configuration");
-        let vmm = command.stdout(Stdio::null()).spawn();
+        let vmm = crate::vmm::spawn(command.stdout(Stdio::null()));
         let vmm = vmm.expect("capsid-vmm is on the PATH");
         drop(vmm_end);
         let channel = accept(&owner);

@@ -8,6 +8,7 @@ use capsid_protocol::machine::{
     NicConfig, SerialConfig,
 };
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sched::{CloneFlags, setns, unshare};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read, Seek, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -57,6 +58,19 @@ pub fn command(config: &MachineConfig) -> io::Result<(Command, File)> {
         .arg(inherited(&json)?.to_string())
         .stdin(Stdio::null());
     Ok((command, json))
+}
+
+/// Starts it as the first process of a PID namespace, without which a VMM refuses to start.
+///
+/// # Errors
+/// There is no such program, or we are not root.
+pub fn spawn(command: &mut Command) -> io::Result<Child> {
+    let own = File::open("/proc/thread-self/ns/pid")?;
+    unshare(CloneFlags::CLONE_NEWPID)?;
+    let child = command.spawn();
+    // Until then this thread can start no other.
+    setns(own, CloneFlags::CLONE_NEWPID)?;
+    child
 }
 
 /// A disk for a guest.
@@ -160,7 +174,7 @@ impl Guest<'_> {
         let (said, serial) = nix::unistd::pipe().expect("a pipe");
         let config = self.config(&kernel, &initramfs, &serial);
         let (mut command, _config) = command(&config).expect("a configuration");
-        let child = command.stderr(Stdio::piped()).spawn();
+        let child = spawn(command.stderr(Stdio::piped()));
         Running {
             child: child.expect("capsid-vmm is on the PATH"),
             serial: BufReader::new(File::from(said)),

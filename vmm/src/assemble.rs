@@ -166,7 +166,7 @@ fn host(what: &'static str) -> impl Fn(io::Error) -> AssembleError {
 pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, AssembleError> {
     let config = &inherited.config;
     let signals = StopSignals::new().map_err(host("take over SIGTERM"))?;
-    let parent = jail::isolate()?;
+    let parent = jail::isolate(config.vsock.is_none())?;
     phases.ended("config");
 
     let pluggable = pluggable(config);
@@ -211,8 +211,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
 
     let filter = Arc::new(seccomp::compile(ThreadKind::Vcpu)?);
     let own_filter = seccomp::compile(ThreadKind::Main)?;
-    let dies_with_parent = config.vsock.is_none().then_some(parent);
-    jail::enter(config.jail, dies_with_parent)?;
+    jail::enter(config.jail, parent)?;
     if let Some(disks) = &disks {
         start_disks(disks)?;
     }

@@ -4,11 +4,14 @@
 //! [`isolate`] first of all (limits; network, IPC and host name of its own), [`enter`] last (empty root, the
 //! configured user and group, no capability, no new privileges). Behind that comes only seccomp.
 //!
-//! The PID namespace is the owner's to give, by cloning this program into one: a process cannot move itself,
-//! and after `unshare(CLONE_NEWPID)` it could start no thread. What it would hide, other processes, is out
-//! of reach here by seccomp (no signal but to our own threads) and by the empty root (no /proc).
+//! Two parts are the owner's to give, because only who makes a process can (docs/decisions/0013): the PID namespace, of which
+//! this process is to be the first, and the cgroup, which it is born in. Without the first it refuses to start.
 //!
 //! If any part cannot be had, the VM does not start.
+
+mod parent;
+
+pub use parent::Parent;
 
 use capsid_protocol::machine::JailConfig;
 use nix::sched::{CloneFlags, unshare};
@@ -19,8 +22,8 @@ use rustix::mount::{
     fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_change, move_mount, unmount,
 };
 use rustix::process::{
-    DumpableBehavior, Resource, Rlimit, Signal, fchdir, getppid, pivot_root, set_dumpable_behavior,
-    set_parent_process_death_signal, setrlimit,
+    DumpableBehavior, Resource, Rlimit, fchdir, getpid, pivot_root, set_dumpable_behavior,
+    setrlimit,
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, Gid, Uid, clear_ambient_capability_set,
@@ -34,17 +37,28 @@ pub const OPEN_FILES_MAX: u64 = 16 * 1024;
 
 /// A part of the jail that could not be set up.
 #[derive(Debug, thiserror::Error)]
-#[error(
-    "cannot {step}; the VMM must start as root with CAP_SYS_ADMIN, and it never runs a guest unjailed"
-)]
-pub struct JailError {
-    step: &'static str,
-    #[source]
-    cause: Errno,
+pub enum JailError {
+    /// The owner did not give it.
+    #[error(
+        "the VMM must be started as the first process of a PID namespace (as `unshare --pid --fork` does); \
+         it never runs a guest unjailed"
+    )]
+    PidNamespace,
+    /// The kernel refused.
+    #[error(
+        "cannot {step}; the VMM must start as root with CAP_SYS_ADMIN, and it never runs a guest unjailed"
+    )]
+    Step {
+        /// What was being done.
+        step: &'static str,
+        /// Why it failed.
+        #[source]
+        cause: Errno,
+    },
 }
 
 fn step<T>(step: &'static str, result: Result<T, Errno>) -> Result<T, JailError> {
-    result.map_err(|cause| JailError { step, cause })
+    result.map_err(|cause| JailError::Step { step, cause })
 }
 
 fn new_namespaces(what: &'static str, flags: CloneFlags) -> Result<(), JailError> {
@@ -52,17 +66,16 @@ fn new_namespaces(what: &'static str, flags: CloneFlags) -> Result<(), JailError
     step(what, result)
 }
 
-/// The parent when the process began, to notice its death.
-#[derive(Clone, Copy)]
-pub struct Parent(Option<rustix::process::Pid>);
-
 /// Sets its limits, which its owner's may be too low for, and leaves the host's network, IPC objects and host name. The first
-/// thing of all, with one thread.
+/// thing of all, with one thread. The parent comes back if the process `dies_with_parent`.
 ///
 /// # Errors
-/// The kernel refused.
-pub fn isolate() -> Result<Parent, JailError> {
-    let parent = Parent(getppid());
+/// This is not the first process of a PID namespace, or the kernel refused.
+pub fn isolate(dies_with_parent: bool) -> Result<Option<Parent>, JailError> {
+    if !getpid().is_init() {
+        return Err(JailError::PidNamespace);
+    }
+    let parent = dies_with_parent.then(Parent::find).transpose()?;
     limit_resources()?;
     new_namespaces(
         "enter network, IPC and UTS namespaces of its own",
@@ -85,17 +98,7 @@ pub fn enter(jail: JailConfig, parent: Option<Parent>) -> Result<(), JailError> 
         "become undumpable",
         set_dumpable_behavior(DumpableBehavior::NotDumpable),
     )?;
-    if let Some(Parent(parent)) = parent {
-        // Behind the change of user, which clears it.
-        step(
-            "ask for a signal at the death of its parent",
-            set_parent_process_death_signal(Some(Signal::KILL)),
-        )?;
-        if getppid() != parent {
-            return step("find its parent alive", Err(Errno::SRCH));
-        }
-    }
-    Ok(())
+    parent.map_or(Ok(()), |parent| parent.die_with())
 }
 
 fn limit_resources() -> Result<(), JailError> {

@@ -16,8 +16,8 @@ Usage: capsid-vmm --config-fd N
   --help          print this
   --version       print the version
 
-This program is started by `capsid run`. It needs to start as root, and gives that up before
-the guest runs. It ends with one exit code for each reason, and one line on stderr that says why:
+This program is started by `capsid run`. It needs to start as root and as the first process of a PID
+namespace, and gives root up before the guest runs. It ends with one exit code for each reason, and one line on stderr that says why:
 ";
 
 /// What the arguments ask for.

@@ -1,7 +1,7 @@
 //! Starts one system and waits for its first sign and its end.
 
 use super::systems::{CMDLINE, Files, MEMORY_MIB, System};
-use crate::vmm::{JAIL_ID, command, inherited, memfd};
+use crate::vmm::{JAIL_ID, command, inherited, memfd, spawn};
 use capsid_protocol::machine::{
     CONFIG_VERSION, Cpus, GuestDial, JailConfig, MachineConfig, MemoryMib, SerialConfig,
     VsockConfig,
@@ -129,7 +129,7 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
     };
     let (mut command, _config) = command(&config)?;
     let since = Instant::now();
-    let child = command.spawn()?;
+    let child = spawn(&mut command)?;
     drop((vmm_end, serial_write));
     let init = if own {
         dialled(&owner, since)

@@ -3,6 +3,8 @@
 
 use capsid_protocol::exit::VmmExit;
 use capsid_protocol::report::MachineReport;
+use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::signal::{self, SigSet, SigmaskHow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
@@ -184,6 +186,10 @@ impl Vmm {
     }
 
     pub(crate) fn start(self) -> Running {
+        self.start_by(spawn)
+    }
+
+    pub(crate) fn start_by(self, spawn: impl Fn(&mut Command) -> Child) -> Running {
         let serial = inherited(b"");
         let report = inherited(b"");
         let config = format!(
@@ -197,14 +203,14 @@ impl Vmm {
             self.more,
         );
         let config = inherited(config.as_bytes());
-        let child = Command::new(env!("CARGO_BIN_EXE_capsid-vmm"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_capsid-vmm"));
+        command
             .args(["--config-fd", &config.as_raw_fd().to_string()])
             .env("OWNERS_SECRET", "not for a guest")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
+            .stderr(Stdio::piped());
+        let child = spawn(&mut command);
         Running {
             child,
             serial,
@@ -215,6 +221,20 @@ impl Vmm {
     pub(crate) fn run(self) -> Ended {
         self.start().wait()
     }
+}
+
+/// Starts it as an owner does: the first process of a PID namespace, with the signals that it reads from an fd blocked.
+pub(crate) fn spawn(command: &mut Command) -> Child {
+    let own = File::open("/proc/thread-self/ns/pid").unwrap();
+    let mut signals = SigSet::empty();
+    signals.add(signal::Signal::SIGTERM);
+    signals.add(signal::Signal::SIGINT);
+    let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap();
+    unshare(CloneFlags::CLONE_NEWPID).unwrap();
+    let child = command.spawn();
+    setns(own, CloneFlags::CLONE_NEWPID).unwrap();
+    before.thread_set_mask().unwrap();
+    child.unwrap()
 }
 
 /// A VMM that runs; killed when dropped.

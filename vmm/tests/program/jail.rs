@@ -35,9 +35,12 @@ fn every_thread_of_a_running_vmm_is_jailed() {
         for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
             assert_eq!(field(&status, set), "0000000000000000", "{set}");
         }
+        let pids = field(&status, "NSpid").split('\t').next_back();
+        let is_main = field(&status, "Name") == "capsid-vmm";
+        assert_eq!(pids == Some("1"), is_main, "{pids:?}");
         assert_eq!(field(&status, "NoNewPrivs"), "1");
         assert_eq!(field(&status, "Seccomp"), "2");
-        for name in ["mnt", "net", "ipc", "uts"] {
+        for name in ["mnt", "net", "ipc", "uts", "pid"] {
             let own = read_link(thread.join("ns").join(name)).unwrap();
             let ours = read_link(PathBuf::from("/proc/self/ns").join(name)).unwrap();
             assert_ne!(own, ours, "{name} namespace");

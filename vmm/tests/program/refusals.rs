@@ -71,6 +71,9 @@ fn more_memory_than_the_host_has_is_refused_with_both_sizes() {
 
 #[test]
 fn a_resource_that_is_not_open_is_named() {
+    if !can_run("a_resource_that_is_not_open_is_named") {
+        return;
+    }
     let mut vmm = Vmm::of(&code());
     vmm.more = r#","initramfs_fd":999"#.to_owned();
     refused(
@@ -82,12 +85,25 @@ fn a_resource_that_is_not_open_is_named() {
 
 #[test]
 fn an_unknown_field_and_a_bad_number_are_refused_by_name() {
+    if !can_run("an_unknown_field_and_a_bad_number_are_refused_by_name") {
+        return;
+    }
     let mut vmm = Vmm::of(&code());
     vmm.more = r#","kernel_path":"/boot/vmlinuz""#.to_owned();
     refused(&vmm.run(), VmmExit::BadConfig, "kernel_path");
     let mut vmm = Vmm::of(&code());
     vmm.cpus = 33;
     refused(&vmm.run(), VmmExit::BadConfig, "33 cpus");
+}
+
+#[test]
+fn a_vmm_that_is_not_the_first_of_a_pid_namespace_starts_no_guest() {
+    if !can_run("a_vmm_that_is_not_the_first_of_a_pid_namespace_starts_no_guest") {
+        return;
+    }
+    let running = Vmm::of(&code()).start_by(|command| command.spawn().unwrap());
+    let words = "must be started as the first process of a PID namespace";
+    refused(&running.wait(), VmmExit::Jail, words);
 }
 
 #[test]
