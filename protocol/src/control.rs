@@ -1,6 +1,6 @@
 //! The control channel: what an owner asks of a VMM while it runs, and what it is answered.
 //!
-//! A `SOCK_STREAM` unix socket inherited by the VMM. Each message is a frame:
+//! A `SOCK_STREAM` unix socket inherited by the VMM ([`crate::machine::MachineConfig::control_fd`]). Each message is a frame:
 //! its length in bytes (u32, little-endian), then as many bytes of JSON. What a request brings along travels as `SCM_RIGHTS` with
 //! the first bytes of its frame: the file of a disk, the queues of a tap device. One request at a time: the owner sends the
 //! next when it has read the reply. When the owner closes its end the VM goes on; nobody asks it anything any more.
@@ -106,6 +106,12 @@ pub enum Request {
         mac: Mac,
         /// Whether it is plugged.
         up: bool,
+    },
+    /// Asks the guest to have so much memory from now on: more than at the start is plugged, up to the configuration's
+    /// `memory_max_mib`; of less the rest goes into the balloon. The guest does it in its own time; [`Reply::State`] says how far it is.
+    Resize {
+        /// All of it.
+        memory_mib: MemoryMib,
     },
     /// Halts all vCPUs. Answered when none runs.
     Pause,
@@ -334,10 +340,22 @@ pub struct MachineState {
     pub run: RunState,
     /// Virtual CPUs.
     pub cpus: Cpus,
-    /// Memory at boot.
-    pub memory_mib: MemoryMib,
+    /// Memory.
+    pub memory: MemoryState,
     /// Its virtio devices, in the order in which the guest finds them.
     pub devices: Vec<DeviceState>,
+}
+
+/// The memory of a VM, in MiB: it may use `boot_mib` and `plugged_mib` less `balloon_mib`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryState {
+    /// At the start.
+    pub boot_mib: u64,
+    /// What the guest has plugged since.
+    pub plugged_mib: u64,
+    /// What the guest has put into the balloon.
+    pub balloon_mib: u64,
 }
 
 /// One virtio device.

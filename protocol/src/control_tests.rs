@@ -51,6 +51,12 @@ fn every_request_reads_back() {
             },
             0,
         ),
+        (
+            Request::Resize {
+                memory_mib: MemoryMib::try_from(512).unwrap(),
+            },
+            0,
+        ),
         (Request::Pause, 0),
         (Request::Resume, 0),
         (Request::Stop, 0),
@@ -91,6 +97,7 @@ fn what_makes_no_sense_is_refused_by_name() {
             r#"{"set_link":{"mac":"01:00:00:00:00:01","up":true}}"#,
             "01:00",
         ),
+        (r#"{"resize":{"memory_mib":63}}"#, "63 MiB"),
         (r#""reboot""#, "reboot"),
         ("", "not valid"),
         (r#""stop" "stop""#, "trailing"),

@@ -197,6 +197,7 @@ impl Guest<'_> {
             kernel_fd: number(kernel),
             initramfs_fd: Some(number(initramfs)),
             cmdline: CMDLINE.to_owned(),
+            control_fd: None,
             vsock: None,
             shares: Vec::new(),
             disks: self

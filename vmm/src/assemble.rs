@@ -7,6 +7,7 @@ use crate::arch::cpuid::{self, Cpu};
 use crate::arch::{mptable, registers};
 use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, Entry, Guest};
+use crate::control::{Attachments, Control, ControlError};
 use crate::end::{End, Ends};
 use crate::inherit::Inherited;
 use crate::jail::{self, JailError};
@@ -19,6 +20,7 @@ use crate::memory::{self, MemoryError};
 use crate::owner_channel::{ChannelError, OwnerChannel};
 use crate::record::Phases;
 use crate::seccomp::{self, Filter, FilterError, ThreadKind};
+use crate::slots::Label;
 use crate::vcpus::{Vcpus, VcpusError};
 use capsid_devices::GuestMemory;
 use capsid_devices::balloon::{Balloon, BalloonHandle, TargetTooLarge};
@@ -114,6 +116,9 @@ pub enum AssembleError {
     /// The owner channel and its vsock device.
     #[error(transparent)]
     Channel(#[from] ChannelError),
+    /// The control channel.
+    #[error(transparent)]
+    Control(#[from] ControlError),
     /// The jail.
     #[error(transparent)]
     Jail(#[from] JailError),
@@ -133,7 +138,9 @@ impl AssembleError {
             AssembleError::Kvm(_) => VmmExit::KvmUnavailable,
             AssembleError::Boot(_) => VmmExit::BadKernel,
             AssembleError::Channel(error) => error.exit(),
+            AssembleError::Control(ControlError::NotStream) => VmmExit::BadConfig,
             AssembleError::Host { .. }
+            | AssembleError::Control(_)
             | AssembleError::Board(_)
             | AssembleError::Balloon(_)
             | AssembleError::Mem(_)
@@ -184,13 +191,16 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let mut board = Board::new(&vm, &memory, functions(config, pluggable.is_some()));
     let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
     board.add_pvpanic(&ends)?;
-    board.add_virtio("virtio-rng", Box::new(Rng::new(poller.clone())))?;
+    board.add_virtio(
+        Label::only("virtio-rng"),
+        Box::new(Rng::new(poller.clone())),
+    )?;
     let channel = match (inherited.owner, &config.vsock) {
         (Some(owner), Some(vsock)) => {
             let dials = &vsock.guest_may_dial;
             let (channel, device) =
                 OwnerChannel::open(owner, dials, poller.clone(), ends.clone(), phases.clone())?;
-            board.add_virtio("virtio-vsock", Box::new(device))?;
+            board.add_virtio(Label::only("virtio-vsock"), Box::new(device))?;
             Some(channel)
         }
         _ => None,
@@ -201,7 +211,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let disks = add_disks(&mut board, config, inherited.disks, &poller)?;
     add_nics(&mut board, config, inherited.nics, &poller)?;
     add_shares(&mut board, config, inherited.shares)?;
-    let (buses, virtio) = board.finish()?;
+    let (buses, slots) = board.finish(inherited.control.is_some())?;
     phases.ended("devices");
 
     let (kernel, initramfs) = (&inherited.kernel, inherited.initramfs.as_ref());
@@ -216,6 +226,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         start_disks(disks)?;
     }
     let vcpus = Vcpus::start(vcpus, &buses, &ends, phases, &filter)?;
+    let control = open_control(inherited.control, config, disks.as_ref(), &poller, &vcpus)?;
     confine_main(&own_filter)?;
     phases.ended("jail");
 
@@ -224,10 +235,11 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         ends,
         vcpus,
         serial,
-        virtio,
+        slots,
         balloon,
         mem,
         disks,
+        control,
         signals,
         power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
         phases: phases.clone(),
@@ -245,7 +257,7 @@ fn add_balloon(
     let handle = balloon.handle();
     // At most 512 GiB, so it fits.
     handle.set_target((config.balloon_mib << 8) as u32)?;
-    board.add_virtio("virtio-balloon", Box::new(balloon))?;
+    board.add_virtio(Label::only("virtio-balloon"), Box::new(balloon))?;
     Ok(handle)
 }
 
@@ -290,7 +302,7 @@ fn add_mem(
     let mem = Mem::new(memory, pluggable.max_bytes, backing, poller.clone())?;
     let handle = mem.handle();
     handle.request(config.plug_mib << 20)?;
-    board.add_virtio("virtio-mem", Box::new(mem))?;
+    board.add_virtio(Label::only("virtio-mem"), Box::new(mem))?;
     Ok(handle)
 }
 
@@ -301,7 +313,7 @@ fn add_disks(
     files: Vec<File>,
     poller: &Arc<Poller>,
 ) -> Result<Option<Arc<DiskIo>>, AssembleError> {
-    if files.is_empty() {
+    if files.is_empty() && config.control_fd.is_none() {
         return Ok(None);
     }
     let io = DiskIo::new(EngineKind::Best, poller.as_ref())
@@ -317,9 +329,34 @@ fn add_disks(
             let id = disk.id.clone();
             AssembleError::Disk { id, cause }
         })?;
-        board.add_virtio("virtio-blk", Box::new(device))?;
+        let label = Label {
+            id: disk.id.clone(),
+            ..Label::only("virtio-blk")
+        };
+        board.add_virtio(label, Box::new(device))?;
     }
     Ok(Some(io))
+}
+
+/// Listens to what the owner will ask, if it may ask anything.
+fn open_control(
+    socket: Option<OwnedFd>,
+    config: &MachineConfig,
+    disks: Option<&Arc<DiskIo>>,
+    poller: &Arc<Poller>,
+    vcpus: &Vcpus,
+) -> Result<Option<Control>, AssembleError> {
+    let (Some(socket), Some(disks)) = (socket, disks) else {
+        return Ok(None);
+    };
+    let attachments = Attachments {
+        id: config.id.clone(),
+        cpus: config.cpus_present(),
+        memory_mib: config.memory_mib,
+        disks: Arc::clone(disks),
+        poller: Arc::clone(poller),
+    };
+    Ok(Some(Control::open(socket, vcpus, attachments)?))
 }
 
 /// Starts the threads of the disks, where the host has no ring; inside the jail, which they inherit.
@@ -347,7 +384,12 @@ fn add_nics(
             let mac = nic.mac.into();
             AssembleError::Nic { mac, cause }
         })?;
-        board.add_virtio("virtio-net", Box::new(device))?;
+        let label = Label {
+            kind: "virtio-net",
+            id: nic.mac.into(),
+            link: Some(device.link()),
+        };
+        board.add_virtio(label, Box::new(device))?;
     }
     Ok(())
 }
@@ -364,6 +406,7 @@ fn add_shares(
     let filter = Arc::new(seccomp::compile(ThreadKind::FileSystem)?);
     let each = (SHARE_FDS_MAX / trees.len()).max(FD_BUDGET_MIN);
     for (share, tree) in config.shares.iter().zip(trees) {
+        let tag = share.tag.clone();
         let filter = Arc::clone(&filter);
         let share = spawn_share_threads(ShareSetup {
             tag: share.tag.clone(),
@@ -373,7 +416,11 @@ fn add_shares(
             fd_budget: each,
             seal: Arc::new(move || seccomp::confine(&filter).map_err(io::Error::other)),
         })?;
-        board.add_virtio("virtio-fs", Box::new(share))?;
+        let label = Label {
+            id: tag,
+            ..Label::only("virtio-fs")
+        };
+        board.add_virtio(label, Box::new(share))?;
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use crate::kvm::irq::Messages;
 use crate::kvm::vm::Vm;
 use crate::layout;
 use crate::machine::machine_events;
+use crate::slots::{Label, LaterBars, Slots, WINDOW_BYTES, WINDOWS};
 use crate::vcpus::Buses;
 use capsid_devices::GuestMemory;
 use capsid_devices::bus::{Bus, BusDevice, BusError};
@@ -25,12 +26,9 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Guest-physical address space that each PCI function gets for its BAR, in bytes.
-const WINDOW_BYTES: u64 = 0x8000;
-
 const _: () = {
     assert!(BAR_BYTES as u64 <= WINDOW_BYTES && PVPANIC_BAR_BYTES as u64 <= WINDOW_BYTES);
-    assert!((SLOTS * FUNCTIONS) as u64 * WINDOW_BYTES <= layout::PCI_WINDOW_BYTES);
+    assert!(WINDOWS as u64 * WINDOW_BYTES <= layout::PCI_WINDOW_BYTES);
     assert!(CONFIG_PORT == layout::PCI_ADDRESS_PORT);
     assert!(SERIAL_PORT == layout::SERIAL_PORT && SERIAL_IRQ == layout::SERIAL_GSI);
 };
@@ -53,6 +51,9 @@ pub enum BoardError {
     /// A device's configuration space; a defect.
     #[error("cannot lay out a PCI device")]
     Layout(#[from] LayoutError),
+    /// All places of the bus are taken, or none was kept for later.
+    #[error("the PCI bus has no place for one more device")]
+    Full,
     /// A virtio device.
     #[error(transparent)]
     Transport(#[from] TransportError),
@@ -69,7 +70,7 @@ pub struct Board<'a> {
     placed: usize,
     /// How many go into one slot.
     per_slot: usize,
-    virtio: Vec<Arc<VirtioPci>>,
+    virtio: Vec<(Label, Place, Arc<VirtioPci>)>,
 }
 
 impl<'a> Board<'a> {
@@ -138,7 +139,7 @@ impl<'a> Board<'a> {
     /// See [`BoardError`].
     pub fn add_virtio(
         &mut self,
-        name: &'static str,
+        label: Label,
         device: Box<dyn VirtioDevice>,
     ) -> Result<(), BoardError> {
         let (place, address) = self.place();
@@ -146,7 +147,7 @@ impl<'a> Board<'a> {
         let vectors = device.queue_sizes().len() as u16 + 1;
         let routes = Arc::new(Messages::new(self.vm.clone(), vectors));
         let transport = VirtioPci::new(
-            name,
+            label.kind,
             device,
             Arc::clone(self.memory),
             routes,
@@ -156,7 +157,7 @@ impl<'a> Board<'a> {
             self.vm.add_ioeventfd(notify.address, &notify.kick)?;
         }
         let transport = Arc::new(transport);
-        self.virtio.push(Arc::clone(&transport));
+        self.virtio.push((label, place, Arc::clone(&transport)));
         self.add_function(
             place,
             address,
@@ -185,17 +186,30 @@ impl<'a> Board<'a> {
         (place, layout::PCI_WINDOW + window)
     }
 
-    /// The buses, with all that was put on them, and the virtio devices once more, to be asked what went wrong.
+    /// The buses, with all that was put on them, and the virtio devices once more; with `later` there is room for others.
     ///
     /// # Errors
     /// See [`BoardError`].
-    pub fn finish(mut self) -> Result<(Arc<Buses>, Vec<Arc<VirtioPci>>), BoardError> {
+    pub fn finish(mut self, later: bool) -> Result<(Arc<Buses>, Slots), BoardError> {
+        let later = later.then(|| {
+            let first_slot = 1 + self.placed.div_ceil(self.per_slot);
+            Arc::new(LaterBars::new(first_slot, self.placed))
+        });
+        if let Some(bars) = &later {
+            self.pci.keep_for_later(bars.first_slot());
+            self.mmio.insert(bars.start(), bars.bytes(), bars.clone())?;
+        }
+        let (vm, memory) = (self.vm.clone(), Arc::clone(self.memory));
+        let mut slots = Slots::new(vm, memory, self.pci.clone(), later);
+        for (label, place, transport) in self.virtio {
+            slots.began_with(label, place, transport);
+        }
         self.port.insert(CONFIG_PORT, CONFIG_PORT_BYTES, self.pci)?;
         let buses = Buses {
             port: self.port,
             mmio: self.mmio,
         };
-        Ok((Arc::new(buses), self.virtio))
+        Ok((Arc::new(buses), slots))
     }
 }
 

@@ -27,15 +27,23 @@ impl End {
 
     /// An end whose reason is an error: its chain of causes joined by ": ".
     pub fn from_error(exit: VmmExit, error: &dyn std::error::Error) -> End {
-        let mut why = error.to_string();
-        let mut cause = error.source();
-        while let Some(error) = cause {
-            why.push_str(": ");
-            why.push_str(&error.to_string());
-            cause = error.source();
+        End {
+            exit,
+            why: in_full(error),
         }
-        End { exit, why }
     }
+}
+
+/// An error with its causes, joined by ": ".
+pub fn in_full(error: &dyn std::error::Error) -> String {
+    let mut why = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        why.push_str(": ");
+        why.push_str(&error.to_string());
+        cause = error.source();
+    }
+    why
 }
 
 /// Where any thread reports an end. Cheap, never blocks, and keeps only the first.

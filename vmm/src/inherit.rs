@@ -48,6 +48,8 @@ pub struct Inherited {
     pub initramfs: Option<File>,
     /// The VMM's end of the owner channel.
     pub owner: Option<OwnedFd>,
+    /// The VMM's end of the control channel.
+    pub control: Option<OwnedFd>,
     /// The trees of the shares, in the order of the configuration.
     pub shares: Vec<OwnedFd>,
     /// The files of the disks, in the order of the configuration.
@@ -125,6 +127,7 @@ pub fn take(config_fd: RawFd) -> Result<Inherited, InheritError> {
         kernel: File::from(own("kernel_fd", config.kernel_fd)?),
         initramfs: own_some("initramfs_fd", config.initramfs_fd)?.map(File::from),
         owner: own_some("owner_fd", owner)?,
+        control: own_some("control_fd", config.control_fd)?,
         shares: shares
             .map(|share| own("tree_fd", share.tree_fd))
             .collect::<Result<_, _>>()?,

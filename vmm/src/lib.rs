@@ -8,6 +8,7 @@
 //! - [`memory`], [`layout`], [`kvm`], [`arch`], [`boot`], [`board`]: its parts.
 //! - [`vcpus`], [`machine`], [`end`]: the run and its end.
 //! - [`owner_channel`]: the host's side of vsock.
+//! - [`control`], [`slots`]: what the owner asks of a VM that runs; devices that come and go.
 //! - [`jail`], [`seccomp`]: what the process gives up before the guest runs.
 //! - [`record`]: what is counted.
 
@@ -15,6 +16,7 @@ pub mod arch;
 pub mod assemble;
 pub mod board;
 pub mod boot;
+pub mod control;
 pub mod end;
 pub mod inherit;
 pub mod jail;
@@ -25,6 +27,7 @@ pub mod memory;
 pub mod owner_channel;
 pub mod record;
 pub mod seccomp;
+pub mod slots;
 pub mod vcpus;
 
 use capsid_protocol::exit::VmmExit;

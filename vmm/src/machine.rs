@@ -1,8 +1,10 @@
 //! A machine that runs: the event loop of the main thread, from the first instruction of the guest to the
 //! end of the run.
 
-use crate::end::{End, Ends};
+use crate::control::Control;
+use crate::end::{End, Ends, in_full};
 use crate::record::{ExitCounts, Phases};
+use crate::slots::Slots;
 use crate::vcpus::Vcpus;
 use capsid_devices::balloon::BalloonHandle;
 use capsid_devices::blk::DiskIo;
@@ -10,7 +12,6 @@ use capsid_devices::bus::BusDevice;
 use capsid_devices::event::{EventLoop, Interest, Poller, Readiness, Subscriber};
 use capsid_devices::mem::MemHandle;
 use capsid_devices::serial::Serial;
-use capsid_devices::virtio::pci::VirtioPci;
 use capsid_protocol::exit::VmmExit;
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -47,14 +48,16 @@ pub struct Machine {
     pub vcpus: Vcpus,
     /// The serial port, for its last lines.
     pub serial: Arc<Serial>,
-    /// The virtio devices, for what failed in them.
-    pub virtio: Vec<Arc<VirtioPci>>,
+    /// The virtio devices.
+    pub slots: Slots,
     /// How memory is asked back.
     pub balloon: BalloonHandle,
     /// How it is asked to have more or less, if it may have more than at the start.
     pub mem: Option<MemHandle>,
     /// Where the calls of the disks are made.
     pub disks: Option<Arc<DiskIo>>,
+    /// What the owner asks while the VM runs, if it may.
+    pub control: Option<Control>,
     /// SIGTERM and SIGINT.
     pub signals: StopSignals,
     /// The way to the guest, if there is one.
@@ -88,10 +91,11 @@ impl Machine {
         };
         self.phases.ended("end");
         // A guest whose device failed mostly ends for another reason, which it then explains.
-        for device in &self.virtio {
-            if let Some(failure) = device.take_failure() {
-                let failure = End::from_error(end.exit, &failure).why;
-                end.why.push_str(&format!("; {}: {failure}", device.name()));
+        for slot in self.slots.all() {
+            if let Some(failure) = slot.transport.take_failure() {
+                let failure = in_full(&failure);
+                end.why
+                    .push_str(&format!("; {}: {failure}", slot.transport.name()));
             }
         }
         // Bounded; a thread that does not answer is left to the end of the process.
@@ -119,6 +123,7 @@ impl Machine {
         self.vcpus.release();
         // The signal that told us to stop, and when the guest's grace is over.
         let mut told: Option<(&str, Instant)> = None;
+        let mut control = self.control.take();
         loop {
             if let Some(end) = self.ends.get() {
                 return Ok(as_told(end, told.map(|(signal, _)| signal)));
@@ -129,17 +134,24 @@ impl Machine {
                 if told.is_some() {
                     return stopped("twice");
                 }
+                // A guest that is paused hears nothing.
+                self.vcpus.resume();
                 if !self.ask_guest() {
                     return stopped("and the guest cannot be asked to power off");
                 }
                 let grace = Duration::from_millis(STOP_GRACE_MS);
                 told = Some((signal, Instant::now() + grace));
             }
-            let left = told.map(|(_, deadline)| deadline.saturating_duration_since(Instant::now()));
+            if let Some(end) = control.as_mut().and_then(|control| control.turn(self)) {
+                return Ok(as_told(end, None));
+            }
+            let left = told.map(|(_, deadline)| left_until(deadline));
             if left == Some(Duration::ZERO) {
                 let why = format!("the guest did not power off within {STOP_GRACE_MS} ms");
                 return Ok(End::new(VmmExit::Stopped, why));
             }
+            let deadline = control.as_ref().and_then(Control::deadline);
+            let left = left.into_iter().chain(deadline.map(left_until)).min();
             self.poller.turn(left)?;
         }
     }
@@ -161,6 +173,10 @@ impl Machine {
             }
         }
     }
+}
+
+fn left_until(deadline: Instant) -> Duration {
+    deadline.saturating_duration_since(Instant::now())
 }
 
 /// A guest that powers off because we asked it to, as a signal told us, was stopped: it did not end by itself.

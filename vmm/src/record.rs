@@ -61,17 +61,21 @@ impl ExitCounts {
     }
 }
 
+/// The exits of one vCPU, by the names that the report gives them.
+pub fn by_reason(counts: &ExitCounts) -> BTreeMap<String, u64> {
+    let counts = counts.0.lock().unwrap_or_else(PoisonError::into_inner);
+    let named = counts.iter().map(|count| match count.device {
+        "" => (count.kind.to_owned(), count.times),
+        device => (format!("{}:{device}", count.kind), count.times),
+    });
+    named.collect()
+}
+
 /// Puts the report together.
 pub fn report(phases: &Phases, counts: &[ExitCounts]) -> MachineReport {
     let mut userspace_exits = BTreeMap::new();
-    for counts in counts {
-        for count in &*counts.0.lock().unwrap_or_else(PoisonError::into_inner) {
-            let name = match count.device {
-                "" => count.kind.to_owned(),
-                device => format!("{}:{device}", count.kind),
-            };
-            *userspace_exits.entry(name).or_insert(0) += count.times;
-        }
+    for (name, times) in counts.iter().flat_map(by_reason) {
+        *userspace_exits.entry(name).or_insert(0) += times;
     }
     MachineReport {
         phases: phases.list(),

@@ -14,6 +14,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 /// How long the threads get to leave the guest once they are told to, in ms. A vCPU in the kernel answers a
@@ -37,6 +38,9 @@ pub enum VcpusError {
     /// No signal handler.
     #[error("cannot handle the signal that stops vCPUs")]
     Signal(#[source] io::Error),
+    /// No eventfd.
+    #[error("cannot make the event of a pause")]
+    Quiet(#[source] io::Error),
     /// A thread could not confine itself.
     #[error("cannot confine a vCPU thread")]
     Filter(#[source] FilterError),
@@ -68,12 +72,15 @@ struct Thread {
 }
 
 /// Where the threads and the main thread meet.
-#[derive(Default)]
 struct Gate {
     state: Mutex<GateState>,
     changed: Condvar,
     /// The threads are wanted to end.
     stop: AtomicBool,
+    /// The threads are wanted to wait outside the guest.
+    pause: AtomicBool,
+    /// Signalled when all of them do.
+    quiet: EventFd,
 }
 
 #[derive(Default)]
@@ -82,9 +89,42 @@ struct GateState {
     ended: usize,
     failure: Option<FilterError>,
     open: bool,
+    /// Threads that wait outside the guest because they are wanted to.
+    parked: usize,
+    /// How many there are.
+    all: usize,
 }
 
 impl Gate {
+    fn new(all: usize) -> io::Result<Gate> {
+        Ok(Gate {
+            state: Mutex::new(GateState {
+                all,
+                ..GateState::default()
+            }),
+            changed: Condvar::new(),
+            stop: AtomicBool::new(false),
+            pause: AtomicBool::new(false),
+            quiet: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+        })
+    }
+
+    /// Waits until the pause is over.
+    fn park(&self) {
+        self.change(|state| {
+            state.parked += 1;
+            if state.parked == state.all {
+                // Fails only when the counter is full, and then the fd is readable anyway.
+                let _ = self.quiet.write(1);
+            }
+        });
+        let wanted = |_: &mut GateState| {
+            self.pause.load(Ordering::Acquire) && !self.stop.load(Ordering::Acquire)
+        };
+        let mut state = self.wait_while(wanted);
+        state.parked -= 1;
+    }
+
     fn lock(&self) -> MutexGuard<'_, GateState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -136,7 +176,7 @@ impl Vcpus {
         filter: &Arc<Filter>,
     ) -> Result<Vcpus, VcpusError> {
         handle_wake_up().map_err(VcpusError::Signal)?;
-        let gate = Arc::new(Gate::default());
+        let gate = Arc::new(Gate::new(vcpus.len()).map_err(VcpusError::Quiet)?);
         let mut threads = Vec::with_capacity(vcpus.len());
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let counts = ExitCounts::default();
@@ -191,15 +231,43 @@ impl Vcpus {
             .collect()
     }
 
-    /// Makes all vCPUs leave the guest and their threads end; true if all did in time.
-    pub fn stop(&self) -> bool {
-        self.gate.stop.store(true, Ordering::Release);
-        self.release();
+    /// Makes all vCPUs leave the guest and wait. They have when [`Vcpus::is_quiet`] says so, which [`Vcpus::quiet`] tells of.
+    pub fn pause(&self) {
+        self.gate.pause.store(true, Ordering::SeqCst);
+        self.kick();
+    }
+
+    /// Lets them go on.
+    pub fn resume(&self) {
+        self.gate
+            .change(|_| self.gate.pause.store(false, Ordering::SeqCst));
+    }
+
+    /// Whether all of them wait outside the guest because they were told to.
+    pub fn is_quiet(&self) -> bool {
+        let state = self.gate.lock();
+        state.parked == state.all && self.gate.pause.load(Ordering::SeqCst)
+    }
+
+    /// Readable when a pause has been reached.
+    pub fn quiet(&self) -> &EventFd {
+        &self.gate.quiet
+    }
+
+    /// Makes all vCPUs leave the guest.
+    fn kick(&self) {
         for thread in &self.threads {
             thread.immediate_exit.request();
             // Fails only if the thread has ended already.
             let _ = thread.handle.kill(SIGRTMIN());
         }
+    }
+
+    /// Makes all vCPUs leave the guest and their threads end; true if all did in time.
+    pub fn stop(&self) -> bool {
+        self.gate.stop.store(true, Ordering::Release);
+        self.release();
+        self.kick();
         let deadline = Instant::now() + Duration::from_millis(VCPU_STOP_TIMEOUT_MS);
         let mut state = self.gate.lock();
         while state.ended < self.threads.len() {
@@ -264,6 +332,13 @@ impl Runner {
             self.phases.ended("run");
         }
         while !self.gate.stop.load(Ordering::Acquire) {
+            if self.gate.pause.load(Ordering::SeqCst) {
+                self.gate.park();
+                // What asked for the exit is done. A pause or stop that comes meanwhile asks behind its own word, which the loop
+                // reads next.
+                vcpu.immediate_exit().withdraw();
+                continue;
+            }
             if let Some(end) = self.step(&mut vcpu) {
                 self.ends.report(end);
                 return;
@@ -356,7 +431,7 @@ mod tests {
     #[test]
     fn a_thread_that_ends_unasked_or_panics_ends_the_vm() {
         for panics in [false, true] {
-            let (gate, ends) = (Arc::new(Gate::default()), Ends::new().unwrap());
+            let (gate, ends) = (Arc::new(Gate::new(1).unwrap()), Ends::new().unwrap());
             let farewell = farewell(&gate, &ends);
             let thread = thread::spawn(move || {
                 let _farewell = farewell;
@@ -371,7 +446,7 @@ mod tests {
 
     #[test]
     fn a_thread_that_was_told_to_stop_is_not_lost() {
-        let (gate, ends) = (Arc::new(Gate::default()), Ends::new().unwrap());
+        let (gate, ends) = (Arc::new(Gate::new(1).unwrap()), Ends::new().unwrap());
         gate.stop.store(true, Ordering::Release);
         drop(farewell(&gate, &ends));
         assert_eq!(ends.get(), None);
@@ -390,7 +465,7 @@ mod tests {
                 immediate_exit: ImmediateExit::default(),
                 counts: ExitCounts::default(),
             }],
-            gate: Arc::new(Gate::default()),
+            gate: Arc::new(Gate::new(1).unwrap()),
             buses: buses_with(None),
         };
         let started = Instant::now();
@@ -431,7 +506,7 @@ mod tests {
     fn devices_end_on_the_thread_that_drops_the_vcpus_not_on_a_vcpus() {
         handle_wake_up().unwrap();
         let (dropped, on) = mpsc::channel();
-        let (gate, ends) = (Arc::new(Gate::default()), Ends::new().unwrap());
+        let (gate, ends) = (Arc::new(Gate::new(1).unwrap()), Ends::new().unwrap());
         let buses = buses_with(Some(Device(dropped)));
         let (farewell, used) = (farewell(&gate, &ends), Arc::clone(&buses));
         let vcpus = Vcpus {

@@ -266,6 +266,7 @@ impl Inherited {
             kernel_fd: number(&self.kernel)?,
             initramfs_fd: Some(number(&self.initramfs)?),
             cmdline: String::new(),
+            control_fd: None,
             vsock: Some(VsockConfig {
                 owner_fd: number(&self.owner)?,
                 guest_may_dial: vec![GuestDial {

@@ -100,6 +100,7 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
         } else {
             CMDLINE.to_owned()
         },
+        control_fd: None,
         vsock: own
             .then(|| -> io::Result<VsockConfig> {
                 Ok(VsockConfig {

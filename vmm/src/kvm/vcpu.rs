@@ -90,10 +90,19 @@ unsafe impl Send for RunByte {}
 impl ImmediateExit {
     /// Asks for it; nothing happens if the vCPU is gone.
     pub fn request(&self) {
+        self.set(1);
+    }
+
+    /// Lets the vCPU enter the guest again.
+    pub fn withdraw(&self) {
+        self.set(0);
+    }
+
+    fn set(&self, wanted: u8) {
         let byte = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(RunByte(byte)) = &*byte {
             // SAFETY: the mapping is there as long as the pointer is, and we hold the lock.
-            unsafe { &**byte }.store(1, Ordering::Relaxed);
+            unsafe { &**byte }.store(wanted, Ordering::SeqCst);
         }
     }
 }

@@ -6,13 +6,24 @@ use capsid_devices::net::TAP_SET_OFFLOAD;
 use libc::{
     AF_UNIX, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFL, FIONBIO, PROT_EXEC, SOL_SOCKET, SYS_brk,
     SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait, SYS_eventfd2,
-    SYS_exit, SYS_exit_group, SYS_fcntl, SYS_futex, SYS_getpid, SYS_getrandom, SYS_getsockopt,
-    SYS_gettid, SYS_io_uring_enter, SYS_ioctl, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap,
-    SYS_munmap, SYS_ppoll, SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall,
-    SYS_rt_sigprocmask, SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown,
-    SYS_sigaltstack, SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
+    SYS_exit, SYS_exit_group, SYS_fcntl, SYS_fstat, SYS_futex, SYS_getpid, SYS_getrandom,
+    SYS_getsockopt, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register, SYS_ioctl, SYS_lseek,
+    SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_ppoll, SYS_read, SYS_readv,
+    SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn,
+    SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_sigaltstack, SYS_socketpair,
+    SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
 };
 
+/// `KVM_IOEVENTFD`.
+const KVM_IOEVENTFD: u32 = 0x4040_ae79;
+/// `IORING_REGISTER_FILES_UPDATE`.
+const IORING_REGISTER_FILES_UPDATE: u32 = 6;
+/// The block sizes of a block device.
+const BLKSSZGET: u32 = 0x1268;
+const BLKPBSZGET: u32 = 0x127b;
+/// What a tap device is, and the size of its header.
+const TUNGETIFF: u32 = 0x8004_54d2;
+const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
 /// `KVM_RUN`.
 const KVM_RUN: u32 = 0xae80;
 /// `KVM_SIGNAL_MSI`.
@@ -102,6 +113,20 @@ pub(super) const MAIN: &[Rule] = &[
     when!(SYS_ioctl, 1, Test::Is(FIONBIO as u32)),
     // Memory that is plugged and unplugged.
     when!(SYS_ioctl, 1, Test::Is(KVM_SET_USER_MEMORY_REGION)),
+    // Devices that come and go: their kicks, the file of a disk, the settings of a tap device.
+    when!(SYS_ioctl, 1, Test::Is(KVM_IOEVENTFD)),
+    when!(
+        SYS_io_uring_register,
+        1,
+        Test::Is(IORING_REGISTER_FILES_UPDATE)
+    ),
+    always(SYS_fstat),
+    always(SYS_lseek),
+    when!(SYS_ioctl, 1, Test::Is(BLKSSZGET)),
+    when!(SYS_ioctl, 1, Test::Is(BLKPBSZGET)),
+    when!(SYS_ioctl, 1, Test::Is(TUNGETIFF)),
+    when!(SYS_ioctl, 1, Test::Is(TUNSETVNETHDRSZ)),
+    when!(SYS_ioctl, 1, Test::Is(TAP_SET_OFFLOAD)),
     // Stopping the vCPU threads.
     when!(SYS_tgkill, 0, Test::IsOwnPid),
 ];

@@ -108,6 +108,16 @@ impl Code {
         self
     }
 
+    /// `in al, 0xcfc` behind a write of `address` to 0xcf8, printed; for ever.
+    pub(crate) fn print_config_for_ever(self, address: u32) -> Code {
+        let mut code = self.outl(0xcf8, address).echo_port(0xcfc);
+        // `jmp` with the distance from its own end.
+        let back = -(code.0.len() as i32 + 5);
+        code.0.push(0xe9);
+        code.0.extend(back.to_le_bytes());
+        code
+    }
+
     /// `hlt` for ever.
     pub(crate) fn halt(mut self) -> Code {
         self.0.extend([0xf4, 0xeb, 0xfd]);
@@ -264,6 +274,11 @@ impl Running {
         pidfd_send_signal(pidfd, signal).unwrap();
     }
 
+    /// What the guest has printed so far, byte by byte.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        raw_contents(&self.serial)
+    }
+
     /// Waits until the guest has printed `text`.
     pub(crate) fn printed(&mut self, text: &str) {
         let started = std::time::Instant::now();
@@ -317,10 +332,14 @@ impl Drop for Running {
 }
 
 /// By position: the VMM writes at the offset that its descriptor and ours share.
-fn contents(file: &File) -> String {
+fn raw_contents(file: &File) -> Vec<u8> {
     let mut bytes = vec![0; usize::try_from(file.metadata().unwrap().len()).unwrap()];
     file.read_exact_at(&mut bytes, 0).unwrap();
-    String::from_utf8_lossy(&bytes).into_owned()
+    bytes
+}
+
+fn contents(file: &File) -> String {
+    String::from_utf8_lossy(&raw_contents(file)).into_owned()
 }
 
 /// Whether VMs can run here; says so loudly, with the test's name, if not. `cargo xtask test` counts a test that prints a line
