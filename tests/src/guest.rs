@@ -3,6 +3,7 @@
 //!
 //! Every wait has a deadline, and the VMM is killed when the guest is dropped.
 
+use crate::control::Control;
 use crate::vmm::{self, Disk, JAIL_ID, busybox, command, inherited, memfd};
 use capsid_protocol::agent::{
     AgentClient, CreateContainerRequest, ExecRequest, ProcessRequest, StartContainerRequest,
@@ -41,6 +42,8 @@ pub struct Guest {
     pub agent: AgentClient,
     /// What it said first.
     pub hello: StartSandboxResponse,
+    /// Its control channel.
+    pub control: Control,
     owner: OwnedFd,
     vmm: Child,
     streams: u64,
@@ -73,6 +76,7 @@ impl Guest {
         let number = |fd: &dyn std::os::fd::AsFd| -> FdNumber {
             inherited(&fd.as_fd()).expect("an fd for the VMM")
         };
+        let (control, control_end) = Control::pair();
         let count = |count| Cpus::try_from(count).expect("cpus");
         let config = MachineConfig {
             version: CONFIG_VERSION,
@@ -83,7 +87,7 @@ impl Guest {
             balloon_mib: 0,
             memory_max_mib: None,
             plug_mib: 0,
-            control_fd: None,
+            control_fd: Some(number(&control_end)),
             kernel_fd: number(&kernel),
             initramfs_fd: Some(number(&initramfs)),
             cmdline: String::new(),
@@ -115,7 +119,7 @@ impl Guest {
         let (mut command, _config) = command(&config).expect("a configuration");
         let vmm = crate::vmm::spawn(command.stdout(Stdio::null()));
         let vmm = vmm.expect("capsid-vmm is on the PATH");
-        drop(vmm_end);
+        drop((vmm_end, control_end));
         let channel = accept(&owner);
         let client = ttrpc::Client::new(channel.into_raw_fd()).expect("a client");
         let agent = AgentClient::new(client);
@@ -123,6 +127,7 @@ impl Guest {
         Guest {
             hello: hello.expect("an agent"),
             agent,
+            control,
             owner,
             vmm,
             streams: 0,

@@ -1,15 +1,24 @@
-//! What the agent says of devices on its bus, and how it lets go of them.
+//! Devices that come and go while a guest runs: the VMM puts them on the bus, the agent finds them and lets go of them, and only then does
+//! the VMM take them away.
 
-use capsid_protocol::agent::DiskRequest;
+use capsid_protocol::agent::{DiskRequest, NicRequest};
+use capsid_protocol::control::{MachineState, NewDisk, NewNic, Reply, Request};
+use capsid_protocol::machine::{Mac, MemoryMib};
 use capsid_tests::bundle::Scratch;
 use capsid_tests::guest::{Guest, context};
 use capsid_tests::ledger::Ledger;
+use capsid_tests::tap::taps;
 use capsid_tests::vmm::Disk;
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
+use std::os::fd::OwnedFd;
+use std::time::{Duration, Instant};
 use ttrpc::Code;
 
-/// Behind pvpanic, the entropy device and vsock.
-const FIRST_DISK: &str = "0000:00:04.0";
+/// Behind pvpanic, the entropy device, vsock and the balloon.
+const FIRST_DISK: &str = "0000:00:05.0";
+
+/// How long a guest may take to fill or empty its balloon.
+const BALLOON_TIMEOUT: Duration = Duration::from_secs(120);
 
 fn disk(pci_address: &str, id: &str) -> DiskRequest {
     DiskRequest {
@@ -27,14 +36,145 @@ fn code<T: std::fmt::Debug>(answer: ttrpc::Result<T>) -> Code {
     }
 }
 
+fn file(scratch: &Scratch, mib: u64) -> File {
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create_new(true);
+    let file = file
+        .open(scratch.join(&format!("data-{mib}")))
+        .expect("a file");
+    file.set_len(mib << 20).expect("its size");
+    file
+}
+
+fn state(guest: &mut Guest) -> MachineState {
+    match guest.control.ask(&Request::State, &[]) {
+        Reply::State(state) => state,
+        reply => panic!("{reply:?}"),
+    }
+}
+
+/// Whether a driver of the guest works with its last device.
+fn in_use(guest: &mut Guest) -> bool {
+    state(guest).devices.pop().expect("a device").in_use
+}
+
+#[test]
+fn disks_come_and_go_as_often_as_they_like() {
+    let scratch = Scratch::new("hotplug-disks");
+    let before = Ledger::now();
+    let files: Vec<File> = (1..=3).map(|mib| file(&scratch, mib)).collect();
+    let mut guest = Guest::start(1, 1, &[]);
+    guest.sleeper("c1");
+    for round in 0..3 {
+        let mut there = Vec::new();
+        for (mib, file) in (1..).zip(&files) {
+            let id = format!("disk-{mib}");
+            let new = Request::AttachDisk(NewDisk {
+                id: id.clone(),
+                read_only: mib == 2,
+                queues: 1,
+            });
+            let pci = guest.control.attach(&new, &[file]).to_string();
+            let found = guest.agent.attach_disk(context(), &disk(&pci, &id));
+            let name = found
+                .unwrap_or_else(|error| panic!("round {round}: {error}"))
+                .device_name;
+            assert!(in_use(&mut guest));
+            let said =
+                format!("cat /sys/block/{name}/size /sys/block/{name}/ro /sys/block/{name}/serial");
+            let expected = format!("{}\n{}\n{id}", mib * 2048, u8::from(mib == 2));
+            assert_eq!(guest.exec("c1", &said), expected);
+            there.push((pci, id));
+        }
+        let (_, used) = &there[0];
+        let refused = guest
+            .control
+            .refused(&Request::DetachDisk { id: used.clone() }, &[]);
+        assert!(refused.contains("still uses"), "{refused}");
+        for (pci, id) in there {
+            guest
+                .agent
+                .detach_disk(context(), &disk(&pci, &id))
+                .expect("gone");
+            guest.control.done(&Request::DetachDisk { id });
+        }
+        assert_eq!(guest.exec("c1", "ls /sys/block"), "");
+    }
+    drop(guest);
+    before.balances();
+}
+
+#[test]
+fn a_network_card_comes_and_goes() {
+    let before = Ledger::now();
+    // A network namespace of its own, with the tap device in it.
+    let test = || {
+        let mut guest = Guest::start(1, 1, &[]);
+        guest.sleeper("c1");
+        for _ in 0..2 {
+            let taps: Vec<OwnedFd> = taps(1, 1400).expect("a tap device");
+            let mac = "02:00:00:00:00:2b";
+            let mac_of = || Mac::try_from(mac.to_owned()).expect("an address");
+            let new = Request::AttachNic(NewNic {
+                mac: mac_of(),
+                mtu: 1400,
+            });
+            let pci = guest.control.attach(&new, &taps).to_string();
+            drop(taps);
+            let card = NicRequest {
+                pci_address: pci,
+                mac: mac.to_owned(),
+                ..Default::default()
+            };
+            let found = guest.agent.attach_nic(context(), &card).expect("a card");
+            let said = format!(
+                "cat /sys/class/net/{0}/address /sys/class/net/{0}/mtu",
+                found.interface_name
+            );
+            assert_eq!(guest.exec("c1", &said), format!("{mac}\n1400"));
+            guest.control.done(&Request::SetLink {
+                mac: mac_of(),
+                up: false,
+            });
+            guest.control.done(&Request::SetLink {
+                mac: mac_of(),
+                up: true,
+            });
+            guest.agent.detach_nic(context(), &card).expect("gone");
+            guest.control.done(&Request::DetachNic { mac: mac_of() });
+        }
+    };
+    std::thread::spawn(test).join().expect("the test");
+    before.balances();
+}
+
+#[test]
+fn a_guest_is_paused_and_goes_on_and_gives_memory_back_when_asked() {
+    let before = Ledger::now();
+    let mut guest = Guest::start(1, 1, &[]);
+    guest.sleeper("c1");
+    guest.control.done(&Request::Pause);
+    guest.control.done(&Request::Resume);
+    assert_eq!(guest.exec("c1", "nproc"), "1");
+    let boot = state(&mut guest).memory.boot_mib;
+    for balloon in [64, 0] {
+        let memory_mib = MemoryMib::try_from(boot - balloon).expect("memory");
+        guest.control.done(&Request::Resize { memory_mib });
+        let since = Instant::now();
+        while state(&mut guest).memory.balloon_mib != balloon {
+            assert!(since.elapsed() < BALLOON_TIMEOUT, "{:?}", state(&mut guest));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+    drop(guest);
+    before.balances();
+}
+
 #[test]
 fn a_disk_is_answered_with_its_name_and_let_go_of_by_its_id() {
     let scratch = Scratch::new("hotplug");
     let before = Ledger::now();
-    let mut options = OpenOptions::new();
-    let file = options.read(true).write(true).create_new(true);
-    let file = file.open(scratch.join("data")).expect("a file");
-    file.set_len(1 << 20).expect("its size");
+    let file = file(&scratch, 1);
     let mut guest = Guest::start(
         1,
         1,
