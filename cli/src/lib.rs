@@ -19,6 +19,8 @@ mod share;
 mod signals;
 mod spec;
 mod stdio;
+#[cfg(feature = "testing")]
+pub mod strangers;
 mod terminal;
 #[cfg(test)]
 mod testing;

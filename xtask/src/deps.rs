@@ -14,13 +14,17 @@ use serde::Deserialize;
 use crate::command::{self, CommandError};
 
 /// `(X, Y)`: room X may depend on room Y. Nothing else may, and `xtask` on nothing.
-const ARROWS: [(&str, &str); 6] = [
+const ARROWS: [(&str, &str); 10] = [
     ("shim", "protocol"),
     ("agent", "protocol"),
     ("vmm", "protocol"),
     ("vmm", "devices"),
     ("cli", "protocol"),
     ("tests", "protocol"),
+    ("fuzz", "protocol"),
+    ("fuzz", "devices"),
+    ("fuzz", "vmm"),
+    ("fuzz", "cli"),
 ];
 
 /// Guest memory and queues cross between `vmm`, `devices` and the file-system crates: two versions would be two types.

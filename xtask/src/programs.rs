@@ -226,7 +226,7 @@ pub(crate) fn cargo(workspace: &Path, verb: &str) -> Command {
 }
 
 /// cargo's own rule: the variable, or `target` in the workspace.
-fn target_dir(workspace: &Path) -> PathBuf {
+pub(crate) fn target_dir(workspace: &Path) -> PathBuf {
     let named = std::env::var_os("CARGO_TARGET_DIR").filter(|value| !value.is_empty());
     named.map_or_else(|| workspace.join("target"), |dir| workspace.join(dir))
 }

@@ -5,6 +5,7 @@
 
 mod count;
 mod deny;
+mod fuzz;
 mod hosted;
 mod tools;
 
@@ -34,6 +35,9 @@ pub struct Test {
     /// Where the VMM's and the whole-system tests run; by default as `cargo xtask run` does
     #[arg(long, value_enum)]
     pub on: Option<Place>,
+    /// How long each fuzz target runs
+    #[arg(long, value_name = "SECONDS", default_value_t = fuzz::SECONDS)]
+    pub fuzz_seconds: u32,
     /// Only tests whose name contains one of these words
     #[arg(last = true, value_name = "FILTER")]
     pub filters: Vec<String>,
@@ -52,6 +56,8 @@ pub enum Suite {
     Clippy,
     /// Unit and property tests
     Unit,
+    /// Each fuzz target for a while
+    Fuzz,
     /// The VMM with small guests, on a real KVM
     Vmm,
     /// The agent's service on real containers, in the testbed
@@ -138,6 +144,7 @@ fn run_suite(context: &Context<'_>, test: &Test, suite: Suite) -> Result<Count, 
             Ok(count)
         }
         Suite::Unit => tests(programs::cargo(context.workspace, "test"), &test.filters),
+        Suite::Fuzz => fuzz::run(context, test.fuzz_seconds, &test.filters),
         Suite::Vmm => hosted::vmm(context, test.on, &test.filters),
         Suite::Service => hosted::service(context, &test.filters),
         Suite::System => hosted::system(context, test.on, &test.filters),

@@ -7,7 +7,7 @@ pub(crate) mod cache;
 mod compression;
 mod digest;
 mod layer;
-mod manifest;
+pub(crate) mod manifest;
 mod store;
 pub(crate) mod tar;
 pub(crate) mod tree;
@@ -24,7 +24,8 @@ use manifest::{
 };
 use serde::de::DeserializeOwned;
 use std::fmt::Write as _;
-use std::io;
+use std::io::{self, Read};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use store::{Blob, Store};
 
@@ -215,36 +216,59 @@ pub(crate) fn open(path: &Path, cache: &Cache, abort: &Abort) -> Result<Image, I
 /// Unpacks one layer into the cache, checking both digests before it appears there. How many extended attributes were
 /// dropped.
 fn unpack(layer: Layer, cache: &Cache, abort: &Abort) -> Result<u64, ImageError> {
+    let unpacking = cache.begin()?;
+    let found = unpack_into(layer.blob, &layer.name, unpacking.directory()?, abort)?;
+    same("the unpacked layer", &layer.diff_id, &found.unpacked)?;
+    if let Some(digest) = &layer.digest {
+        same("the layer's blob", digest, &found.blob)?;
+    }
+    cache.finish(&unpacking, &layer.diff_id)?;
+    Ok(found.dropped_xattrs)
+}
+
+/// What a blob was found to be.
+pub(crate) struct Found {
+    blob: Digest,
+    unpacked: Digest,
+    dropped_xattrs: u64,
+}
+
+/// Unpacks the blob of a layer into a directory, whatever its digests.
+///
+/// # Errors
+/// What is wrong with it; the directory has a part of it.
+pub(crate) fn unpack_into(
+    blob: impl Read,
+    name: &str,
+    directory: OwnedFd,
+    abort: &Abort,
+) -> Result<Found, ImageError> {
     let read = |cause| ImageError::Read {
-        what: format!("layer {}", layer.name),
+        what: format!("layer {name}"),
         cause,
     };
-    let (blob, blob_tally) = HashReader::new(layer.blob, u64::MAX, abort);
+    let (blob, blob_tally) = HashReader::new(blob, u64::MAX, abort);
     let (compression, stream) = compression::detect(blob).map_err(read)?;
-    let compression = compression.ok_or_else(|| ImageError::Compression(layer.name.clone()))?;
+    let compression = compression.ok_or_else(|| ImageError::Compression(name.to_owned()))?;
     let stream = compression::decompress(compression, stream).map_err(read)?;
     let (stream, tar_tally) = HashReader::new(stream, cache::LAYER_MAX_BYTES, abort);
-    let unpacking = cache.begin()?;
-    let (unpacked, mut rest) = layer::unpack(stream, unpacking.directory()?).map_err(|cause| {
+    let (unpacked, mut rest) = layer::unpack(stream, directory).map_err(|cause| {
         // A run that was stopped shows as a read that failed.
         abort
             .check()
             .map_or_else(ImageError::from, |()| ImageError::Layer {
-                digest: layer.name.clone(),
+                digest: name.to_owned(),
                 cause,
             })
     })?;
     io::copy(&mut rest, &mut io::sink()).map_err(read)?;
-    same(
-        "the unpacked layer",
-        &layer.diff_id,
-        &tar_tally.borrow().digest(),
-    )?;
-    if let Some(digest) = &layer.digest {
-        same("the layer's blob", digest, &blob_tally.borrow().digest())?;
-    }
-    cache.finish(&unpacking, &layer.diff_id)?;
-    Ok(unpacked.dropped_xattrs)
+    drop(rest);
+    let (blob, unpacked_digest) = (blob_tally.borrow().digest(), tar_tally.borrow().digest());
+    Ok(Found {
+        blob,
+        unpacked: unpacked_digest,
+        dropped_xattrs: unpacked.dropped_xattrs,
+    })
 }
 
 fn same(what: &str, expected: &Digest, found: &Digest) -> Result<(), ImageError> {

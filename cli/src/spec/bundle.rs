@@ -76,7 +76,15 @@ pub(crate) struct Bundle {
 pub(crate) fn read(directory: &Path) -> Result<Bundle, BundleError> {
     let path = directory.join("config.json");
     let bytes = read_bounded(&path)?;
-    let spec = serde_json::from_slice(&bytes).map_err(|cause| BundleError::Json {
+    parse(&bytes, path, directory)
+}
+
+/// Takes the `config.json` at `path` of the bundle in `directory`.
+///
+/// # Errors
+/// As for [`read`].
+pub(crate) fn parse(bytes: &[u8], path: PathBuf, directory: &Path) -> Result<Bundle, BundleError> {
+    let spec = serde_json::from_slice(bytes).map_err(|cause| BundleError::Json {
         path: path.clone(),
         cause,
     })?;
