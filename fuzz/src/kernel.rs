@@ -1,14 +1,14 @@
 //! The kernel loader: any file is refused, or lies in the guest's memory where a kernel may.
 
 use arbitrary::Unstructured;
+use capsid_devices::testing::memory;
 use capsid_protocol::machine::MemoryMib;
 use capsid_vmm::boot::{Guest, load};
 use capsid_vmm::layout;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::fs::File;
 use std::io::Write;
-use std::sync::Arc;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY_MIB: u64 = 64;
 /// Most zeroes behind the bytes of an input: what large segments are read from.
@@ -23,13 +23,13 @@ pub(crate) fn run(input: &[u8]) {
     // One in four has none; the others have up to the whole of the guest's memory.
     let initramfs = (initramfs % 4 != 0).then(|| file(b"cpio", u64::from(initramfs) << 18));
     let size = MemoryMib::try_from(MEMORY_MIB).expect("a size");
-    let ranges = [(GuestAddress(0), (MEMORY_MIB << 20) as usize)];
-    let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("memory"));
+    let memory = memory(&[(0, (MEMORY_MIB << 20) as usize)]);
     let guest = Guest {
         kernel: &kernel,
         initramfs: initramfs.as_ref(),
         cmdline: "quiet",
         serial,
+        maxcpus: None,
     };
     if let Ok(entry) = load(&memory, size, &guest) {
         let room = layout::KERNEL_MIN..layout::low_memory_end(size.bytes());
