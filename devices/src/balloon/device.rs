@@ -3,10 +3,11 @@
 use super::pages::PAGE_BYTES;
 use super::server::Server;
 use crate::GuestMemory;
+use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest};
 use crate::virtio::device::{Activation, DeviceError, Listener, VirtioDevice};
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
 
@@ -50,29 +51,20 @@ pub struct TargetTooLarge {
     pub max: u32,
 }
 
-/// What a balloon has done. Nothing of it ever becomes less.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct BalloonCounters {
-    /// Chains of free pages that the guest reported.
-    pub reports: u64,
-    /// Bytes of them that were given back.
-    pub reported_bytes: u64,
-    /// Bytes given back because the guest put them into the balloon.
-    pub inflated_bytes: u64,
-    /// Bytes that the guest named and that stayed: not memory, or more than one chain may name.
-    pub refused_bytes: u64,
-    /// Times that the host refused to take pages back.
-    pub errors: u64,
-}
-
-/// [`BalloonCounters`] while they count.
-#[derive(Default)]
-pub(super) struct Counting {
-    pub(super) reports: AtomicU64,
-    pub(super) reported_bytes: AtomicU64,
-    pub(super) inflated_bytes: AtomicU64,
-    pub(super) refused_bytes: AtomicU64,
-    pub(super) errors: AtomicU64,
+counters! {
+    /// What a balloon has done. Nothing of it ever becomes less.
+    BalloonCounters {
+        /// Chains of free pages that the guest reported.
+        reports,
+        /// Bytes of them that were given back.
+        reported_bytes,
+        /// Bytes given back because the guest put them into the balloon.
+        inflated_bytes,
+        /// Bytes that the guest named and that stayed: not memory, or more than one chain may name.
+        refused_bytes,
+        /// Times that the host refused to take pages back.
+        errors,
+    }
 }
 
 /// What the device, its server and its handles share.
@@ -84,7 +76,7 @@ pub(super) struct Shared {
     /// All pages of the guest.
     max: u32,
     listener: Listener,
-    pub(super) counting: Counting,
+    pub(super) counters: Arc<BalloonCounters>,
 }
 
 /// A balloon between activation and reset.
@@ -104,7 +96,7 @@ impl Balloon {
                 actual: AtomicU32::new(0),
                 max: u32::try_from(bytes / PAGE_BYTES).unwrap_or(u32::MAX),
                 listener: Listener::default(),
-                counting: Counting::default(),
+                counters: Arc::default(),
             }),
             event_loop,
             active: None,
@@ -143,17 +135,9 @@ impl BalloonHandle {
         self.0.actual.load(Ordering::Relaxed).min(self.0.max)
     }
 
-    /// What was given back so far.
-    pub fn counters(&self) -> BalloonCounters {
-        let counting = &self.0.counting;
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        BalloonCounters {
-            reports: read(&counting.reports),
-            reported_bytes: read(&counting.reported_bytes),
-            inflated_bytes: read(&counting.inflated_bytes),
-            refused_bytes: read(&counting.refused_bytes),
-            errors: read(&counting.errors),
-        }
+    #[cfg(test)]
+    pub(super) fn counters(&self) -> &BalloonCounters {
+        &self.0.counters
     }
 }
 
@@ -192,6 +176,10 @@ impl VirtioDevice for Balloon {
         self.shared
             .actual
             .store(u32::from_le_bytes(actual), Ordering::Relaxed);
+    }
+
+    fn counters(&self) -> Arc<dyn Counters> {
+        self.shared.counters.clone()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

@@ -6,13 +6,14 @@
 use super::device::Shared;
 use super::pages;
 use crate::GuestMemory;
+use crate::counters::Counter;
 use crate::discard::discard;
 use crate::event::{Readiness, Subscriber};
 use crate::virtio::chain::{Buffers, Readable, Writable};
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{ActiveQueue, ServeError};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+
 use vm_memory::{GuestAddress, GuestMemory as _, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -141,7 +142,7 @@ impl Giving<'_> {
         }
         let beyond = named.remaining() / FRAME_BYTES;
         self.refused(beyond.saturating_mul(pages::PAGE_BYTES as usize));
-        let inflated = &self.shared.counting.inflated_bytes;
+        let inflated = &self.shared.counters.inflated_bytes;
         for range in pages::ranges(frames) {
             let bytes = (range.end - range.start) as usize;
             let mut done = 0;
@@ -157,29 +158,29 @@ impl Giving<'_> {
 
     /// Each writable buffer is a free range.
     fn report(&self, free: &mut Writable<'_>) {
-        let counting = &self.shared.counting;
-        counting.reports.fetch_add(1, Ordering::Relaxed);
+        let counters = &self.shared.counters;
+        counters.reports.add(1);
         let mut left = REPORT_MAX_BYTES;
         while let Some(range) = free.next_piece(left) {
             left -= range.len();
-            self.give(&range, &counting.reported_bytes);
+            self.give(&range, &counters.reported_bytes);
         }
         self.refused(free.remaining());
     }
 
-    fn give(&self, slice: &VolatileSlice<'_>, counter: &AtomicU64) {
+    fn give(&self, slice: &VolatileSlice<'_>, counter: &Counter) {
         match discard(slice) {
             Ok(bytes) => {
-                counter.fetch_add(bytes as u64, Ordering::Relaxed);
+                counter.add(bytes as u64);
             }
             Err(_) => {
-                self.shared.counting.errors.fetch_add(1, Ordering::Relaxed);
+                self.shared.counters.errors.add(1);
             }
         }
     }
 
     fn refused(&self, bytes: usize) {
-        let counter = &self.shared.counting.refused_bytes;
-        counter.fetch_add(bytes as u64, Ordering::Relaxed);
+        let counter = &self.shared.counters.refused_bytes;
+        counter.add(bytes as u64);
     }
 }

@@ -4,6 +4,7 @@ use super::plugging::{Backing, Plugging};
 use super::request::Extent;
 use super::server::Server;
 use crate::GuestMemory;
+use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest};
 use crate::virtio::device::{Activation, DeviceError, Listener, VirtioDevice};
 use std::os::fd::{AsRawFd, RawFd};
@@ -45,23 +46,16 @@ pub struct RequestTooLarge {
     pub max: u64,
 }
 
-/// What the device has done.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct MemCounters {
-    /// Requests of the driver.
-    pub requests: u64,
-    /// Those that were not done: they made no sense, or asked for more than was granted.
-    pub refused: u64,
-    /// Times that the host refused to map, unmap or take back a block.
-    pub errors: u64,
-}
-
-/// [`MemCounters`] while they count.
-#[derive(Default)]
-pub(super) struct Counting {
-    pub(super) requests: AtomicU64,
-    pub(super) refused: AtomicU64,
-    pub(super) errors: AtomicU64,
+counters! {
+    /// What the device has done.
+    MemCounters {
+        /// Requests of the driver.
+        requests,
+        /// Those that were not done: they made no sense, or asked for more than was granted.
+        refused,
+        /// Times that the host refused to map, unmap or take back a block.
+        errors,
+    }
 }
 
 /// What the device, its server and its handles share.
@@ -74,7 +68,7 @@ pub(super) struct Shared {
     /// The most that it may be granted, in bytes.
     max: u64,
     listener: Listener,
-    pub(super) counting: Counting,
+    pub(super) counters: Arc<MemCounters>,
 }
 
 /// The device between activation and reset.
@@ -111,7 +105,7 @@ impl Mem {
             plugged: AtomicU64::new(0),
             max: max.min(extent.bytes()),
             listener: Listener::default(),
-            counting: Counting::default(),
+            counters: Arc::default(),
         });
         let plugging = Plugging::new(Arc::clone(memory), backing, Arc::clone(&shared));
         Ok(Mem {
@@ -155,15 +149,9 @@ impl MemHandle {
         self.0.plugged.load(Ordering::Relaxed)
     }
 
-    /// What was counted so far.
-    pub fn counters(&self) -> MemCounters {
-        let counting = &self.0.counting;
-        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        MemCounters {
-            requests: read(&counting.requests),
-            refused: read(&counting.refused),
-            errors: read(&counting.errors),
-        }
+    #[cfg(test)]
+    pub(super) fn counters(&self) -> &MemCounters {
+        &self.0.counters
     }
 }
 
@@ -196,6 +184,10 @@ impl VirtioDevice for Mem {
             .iter()
             .flat_map(|field| field.to_le_bytes())
             .collect()
+    }
+
+    fn counters(&self) -> Arc<dyn Counters> {
+        self.shared.counters.clone()
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {

@@ -202,6 +202,6 @@ impl Work<'_> {
     }
 
     fn failed(&self) {
-        self.shared.counting.errors.fetch_add(1, Ordering::Relaxed);
+        self.shared.counters.errors.add(1);
     }
 }

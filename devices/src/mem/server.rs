@@ -10,7 +10,6 @@ use crate::virtio::device::Interrupt;
 use crate::virtio::queue::ActiveQueue;
 use std::io::{Read, Write};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A live device.
@@ -72,8 +71,8 @@ impl Subscriber for Server {
 }
 
 fn answer(plugging: &Plugging, shared: &Shared, mut buffers: Buffers<'_>) -> u32 {
-    let counting = &shared.counting;
-    counting.requests.fetch_add(1, Ordering::Relaxed);
+    let counters = &shared.counters;
+    counters.requests.add(1);
     // Without room for the answer nothing is done, for the driver would not know of it.
     let response = if buffers.writable.remaining() < RESPONSE_BYTES {
         None
@@ -86,7 +85,7 @@ fn answer(plugging: &Plugging, shared: &Shared, mut buffers: Buffers<'_>) -> u32
         Some(answered.unwrap_or(Response::Error))
     };
     if !matches!(response, Some(Response::Ack | Response::State(_))) {
-        counting.refused.fetch_add(1, Ordering::Relaxed);
+        counters.refused.add(1);
     }
     if let Some(response) = response {
         // There is room.

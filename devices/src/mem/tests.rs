@@ -191,7 +191,7 @@ fn a_guest_grows_as_it_is_asked_to_and_shrinks_again() {
     assert_eq!(guest.driver.config_interrupts(), 2);
     assert_eq!((guest.unplug(2, 1), guest.unplug(4, 1)), (ACK, ACK));
     guest.has(&[1]);
-    assert_eq!(guest.handle.counters().refused, 0);
+    assert_eq!(guest.handle.counters().refused.get(), 0);
 }
 
 #[test]
@@ -233,7 +233,7 @@ fn blocks_are_plugged_once_and_unplugged_once() {
     assert_eq!((guest.unplug(1, 2), guest.unplug(3, 2)), (ERROR, ERROR));
     assert_eq!((guest.unplug(2, 2), guest.unplug(2, 2)), (ACK, ERROR));
     guest.has(&[]);
-    assert_eq!(guest.handle.counters().refused, 5);
+    assert_eq!(guest.handle.counters().refused.get(), 5);
 }
 
 #[test]
@@ -315,7 +315,7 @@ fn without_room_for_the_answer_nothing_is_done() {
         assert_eq!(guest.driver.wait_used(0, Some(&guest.poller)).len, 0);
     }
     guest.has(&[]);
-    assert_eq!(guest.handle.counters().refused, 2);
+    assert_eq!(guest.handle.counters().refused.get(), 2);
 }
 
 #[test]
@@ -325,7 +325,7 @@ fn a_host_that_cannot_map_blocks_is_busy_and_nothing_has_changed() {
     // The second of three cannot be mapped; the first is unmapped again, for which there is one call more.
     guest.slots.fails_after.store(1, Ordering::Relaxed);
     assert_eq!(guest.plug(4, 3), BUSY);
-    assert_eq!(guest.handle.counters().errors, 2);
+    assert_eq!(guest.handle.counters().errors.get(), 2);
     // It could not be unmapped either: the guest's CPUs reach it, devices do not.
     assert_eq!(
         (guest.slots.mapped(), guest.reachable()),

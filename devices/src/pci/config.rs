@@ -8,7 +8,7 @@
 //! writes the old address again; no other device or memory is ever shadowed.
 //!
 //! Linux leaves BARs where it finds them at boot, and gives those that it finds later addresses of its own choice. A function that comes
-//! later therefore has no BAR but an Enhanced Allocation entry (PCIe 6.0 section 7.8.5), which says an address that cannot be
+//! later therefore has no BAR but an Enhanced Allocation entry (PCIe 5.0 section 7.8.5), which says an address that cannot be
 //! changed; Linux takes it as that of the BAR of the same number (drivers/pci/pci.c, pci_ea_read).
 
 /// Length of a conventional configuration space in bytes.
