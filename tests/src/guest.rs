@@ -22,7 +22,7 @@ use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut, Read, Seek, Write};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 use ttrpc::context::{Context, with_timeout};
@@ -73,9 +73,8 @@ impl Guest {
         .expect("sockets");
         let limit = TimeVal::new(DIAL_TIMEOUT_S, 0);
         setsockopt(&owner, sockopt::ReceiveTimeout, &limit).expect("a deadline");
-        let number = |fd: &dyn std::os::fd::AsFd| -> FdNumber {
-            inherited(&fd.as_fd()).expect("an fd for the VMM")
-        };
+        let number =
+            |fd: &dyn AsFd| -> FdNumber { inherited(&fd.as_fd()).expect("an fd for the VMM") };
         let (control, control_end) = Control::pair();
         let count = |count| Cpus::try_from(count).expect("cpus");
         let config = MachineConfig {
@@ -99,15 +98,7 @@ impl Guest {
                 }],
             }),
             shares: Vec::new(),
-            disks: disks
-                .iter()
-                .map(|disk| DiskConfig {
-                    fd: number(disk.file),
-                    id: disk.id.to_owned(),
-                    read_only: disk.read_only,
-                    queues: disk.queues,
-                })
-                .collect(),
+            disks: disks.iter().map(disk_config).collect(),
             nics: Vec::new(),
             serial: None,
             report_fd: None,
@@ -212,6 +203,15 @@ impl Guest {
         let header = StreamHeader::Stdio { stream_id };
         ours.write_all(&header.encode()).expect("a header");
         (stream_id, ours)
+    }
+}
+
+fn disk_config(disk: &Disk<'_>) -> DiskConfig {
+    DiskConfig {
+        fd: inherited(&disk.file.as_fd()).expect("an fd for the VMM"),
+        id: disk.id.to_owned(),
+        read_only: disk.read_only,
+        queues: disk.queues,
     }
 }
 

@@ -195,16 +195,13 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         Label::only("virtio-rng"),
         Box::new(Rng::new(poller.clone())),
     )?;
-    let channel = match (inherited.owner, &config.vsock) {
-        (Some(owner), Some(vsock)) => {
-            let dials = &vsock.guest_may_dial;
-            let (channel, device) =
-                OwnerChannel::open(owner, dials, poller.clone(), ends.clone(), phases.clone())?;
-            board.add_virtio(Label::only("virtio-vsock"), Box::new(device))?;
-            Some(channel)
-        }
-        _ => None,
-    };
+    let channel = add_vsock(
+        &mut board,
+        config,
+        inherited.owner,
+        &poller,
+        (&ends, phases),
+    )?;
     let mem = pluggable.map(|pluggable| add_mem(&mut board, config, &memory, &pluggable, &poller));
     let mem = mem.transpose()?;
     let balloon = add_balloon(&mut board, config, &memory, &poller)?;
@@ -244,6 +241,24 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
         power_off: channel.map(|channel| Box::new(channel) as Box<dyn PowerOff>),
         phases: phases.clone(),
     })
+}
+
+/// Opens the owner channel and puts its device on the board, if there is an owner.
+fn add_vsock(
+    board: &mut Board<'_>,
+    config: &MachineConfig,
+    owner: Option<OwnedFd>,
+    poller: &Arc<Poller>,
+    (ends, phases): (&Ends, &Phases),
+) -> Result<Option<OwnerChannel>, AssembleError> {
+    let (Some(owner), Some(vsock)) = (owner, &config.vsock) else {
+        return Ok(None);
+    };
+    let dials = &vsock.guest_may_dial;
+    let (channel, device) =
+        OwnerChannel::open(owner, dials, poller.clone(), ends.clone(), phases.clone())?;
+    board.add_virtio(Label::only("virtio-vsock"), Box::new(device))?;
+    Ok(Some(channel))
 }
 
 /// Puts the balloon on the board.
