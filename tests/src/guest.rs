@@ -33,6 +33,8 @@ const DIAL_TIMEOUT_S: i64 = 240;
 const CALL_TIMEOUT_NS: i64 = 120_000_000_000;
 /// Memory of the guest, in MiB.
 const MEMORY_MIB: u64 = 192;
+/// What it can be given more, in MiB.
+const PLUGGABLE_MIB: u64 = 256;
 /// Where the containers' files are in the guest.
 const ROOTFS: &str = "/box";
 
@@ -76,15 +78,16 @@ impl Guest {
         let number =
             |fd: &dyn AsFd| -> FdNumber { inherited(&fd.as_fd()).expect("an fd for the VMM") };
         let (control, control_end) = Control::pair();
+        let mib = |mib| MemoryMib::try_from(mib).expect("memory");
         let count = |count| Cpus::try_from(count).expect("cpus");
         let config = MachineConfig {
             version: CONFIG_VERSION,
             id: "guest".to_owned(),
             cpus: count(cpus),
             cpus_max: Some(count(cpus_max)),
-            memory_mib: MemoryMib::try_from(MEMORY_MIB).expect("memory"),
+            memory_mib: mib(MEMORY_MIB),
             balloon_mib: 0,
-            memory_max_mib: None,
+            memory_max_mib: Some(mib(MEMORY_MIB + PLUGGABLE_MIB)),
             plug_mib: 0,
             control_fd: Some(number(&control_end)),
             kernel_fd: number(&kernel),

@@ -188,7 +188,8 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
 
     let ends = Ends::new().map_err(host("make the eventfd of the end"))?;
     let poller = Arc::new(Poller::new().map_err(host("make the event loop"))?);
-    let mut board = Board::new(&vm, &memory, functions(config, pluggable.is_some()));
+    let functions = functions(config, pluggable.is_some());
+    let mut board = Board::new(&vm, &memory, functions, config.control_fd.is_some());
     let serial = board.add_legacy(inherited.serial, &ends, &poller)?;
     board.add_pvpanic(&ends)?;
     board.add_virtio(
@@ -208,7 +209,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let disks = add_disks(&mut board, config, inherited.disks, &poller)?;
     add_nics(&mut board, config, inherited.nics, &poller)?;
     add_shares(&mut board, config, inherited.shares)?;
-    let (buses, slots) = board.finish(inherited.control.is_some())?;
+    let (buses, slots) = board.finish()?;
     phases.ended("devices");
 
     let (kernel, initramfs) = (&inherited.kernel, inherited.initramfs.as_ref());
@@ -370,6 +371,7 @@ fn open_control(
         memory_mib: config.memory_mib,
         disks: Arc::clone(disks),
         poller: Arc::clone(poller),
+        ends: false,
     };
     Ok(Some(Control::open(socket, vcpus, attachments)?))
 }

@@ -70,12 +70,14 @@ pub struct Board<'a> {
     placed: usize,
     /// How many go into one slot.
     per_slot: usize,
+    /// Others may come while the guest runs.
+    later: bool,
     virtio: Vec<(Label, Place, Arc<VirtioPci>)>,
 }
 
 impl<'a> Board<'a> {
-    /// An empty board of `vm`, for so many PCI functions.
-    pub fn new(vm: &'a Vm, memory: &'a GuestMemory, functions: usize) -> Board<'a> {
+    /// An empty board of `vm`, for so many PCI functions, with room for others that come `later`.
+    pub fn new(vm: &'a Vm, memory: &'a GuestMemory, functions: usize, later: bool) -> Board<'a> {
         Board {
             vm,
             memory,
@@ -83,7 +85,8 @@ impl<'a> Board<'a> {
             mmio: Bus::new(),
             pci: Arc::new(PciRoot::new()),
             placed: 0,
-            per_slot: per_slot(functions),
+            per_slot: per_slot(functions, later),
+            later,
             virtio: Vec::new(),
         }
     }
@@ -186,12 +189,12 @@ impl<'a> Board<'a> {
         (place, layout::PCI_WINDOW + window)
     }
 
-    /// The buses, with all that was put on them, and the virtio devices once more; with `later` there is room for others.
+    /// The buses, with all that was put on them, and the virtio devices once more.
     ///
     /// # Errors
     /// See [`BoardError`].
-    pub fn finish(mut self, later: bool) -> Result<(Arc<Buses>, Slots), BoardError> {
-        let later = later.then(|| {
+    pub fn finish(mut self) -> Result<(Arc<Buses>, Slots), BoardError> {
+        let later = self.later.then(|| {
             let first_slot = 1 + self.placed.div_ceil(self.per_slot);
             Arc::new(LaterBars::new(first_slot, self.placed))
         });
@@ -215,8 +218,10 @@ impl<'a> Board<'a> {
 
 /// How many of `functions` go into one slot: one as long as there are slots, since a guest looks at all functions of a slot that
 /// has a second one.
-fn per_slot(functions: usize) -> usize {
-    if functions < SLOTS { 1 } else { FUNCTIONS }
+/// With `later` some have to be left over.
+fn per_slot(functions: usize, later: bool) -> usize {
+    let most = if later { SLOTS / 2 } else { SLOTS };
+    if functions < most { 1 } else { FUNCTIONS }
 }
 
 /// Where the `number`th function goes. Slot 0 is the host bridge's. One beyond the last is no place, and the bus refuses it.
@@ -237,6 +242,7 @@ mod tests {
         assert_eq!((place(0, 1), place(30, 1)), (at(1, 0), at(31, 0)));
         assert_eq!((place(7, 8), place(8, 8)), (at(1, 7), at(2, 0)));
         assert_eq!((place(247, 8), place(248, 8)), (at(31, 7), at(32, 0)));
-        assert_eq!((per_slot(31), per_slot(32)), (1, 8));
+        assert_eq!((per_slot(31, false), per_slot(32, false)), (1, 8));
+        assert_eq!((per_slot(15, true), per_slot(16, true)), (1, 8));
     }
 }

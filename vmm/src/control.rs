@@ -20,13 +20,13 @@ use capsid_protocol::exit::VmmExit;
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_type;
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketType, recv,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, SocketType,
     recvmsg, send,
 };
 use serve::Answer;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -63,8 +63,8 @@ enum Stage {
     Listening,
     /// The vCPUs were told to pause, until then.
     Pausing(Instant),
-    /// The rest of a reply waits for room in the socket.
-    Replying(Vec<u8>),
+    /// The rest of a reply waits for room in the socket, until then.
+    Replying(Vec<u8>, Instant),
     /// The owner closed it.
     Closed,
 }
@@ -73,18 +73,27 @@ enum Stage {
 pub struct Control {
     socket: OwnedFd,
     poller: Arc<Poller>,
-    woken: Arc<AtomicBool>,
+    woken: Arc<Woken>,
+    quiet: RawFd,
     inbox: Inbox,
     stage: Stage,
     attachments: Attachments,
 }
 
 /// Notes that the socket is ready, or that the vCPUs have paused.
-struct Wake(Arc<AtomicBool>);
+struct Wake(Arc<Woken>);
+
+#[derive(Default)]
+struct Woken {
+    ready: AtomicBool,
+    /// The owner's end is closed.
+    hung_up: AtomicBool,
+}
 
 impl Subscriber for Wake {
-    fn ready(&mut self, _token: u64, _readiness: Readiness) {
-        self.0.store(true, Ordering::Relaxed);
+    fn ready(&mut self, _token: u64, readiness: Readiness) {
+        self.0.ready.store(true, Ordering::Relaxed);
+        self.0.hung_up.fetch_or(readiness.hangup, Ordering::Relaxed);
     }
 }
 
@@ -109,7 +118,7 @@ impl Control {
             return Err(ControlError::NotStream);
         }
         let poller = attachments.poller.clone();
-        let woken = Arc::new(AtomicBool::new(false));
+        let woken = Arc::<Woken>::default();
         let wake = Arc::new(Mutex::new(Wake(Arc::clone(&woken))));
         let readable = interest(&Stage::Listening);
         for fd in [socket.as_raw_fd(), vcpus.quiet().as_raw_fd()] {
@@ -121,6 +130,7 @@ impl Control {
             socket,
             poller,
             woken,
+            quiet: vcpus.quiet().as_raw_fd(),
             inbox: Inbox::default(),
             stage: Stage::Listening,
             attachments,
@@ -130,7 +140,7 @@ impl Control {
     /// When the channel wants to be looked at even if nothing happens.
     pub fn deadline(&self) -> Option<Instant> {
         match self.stage {
-            Stage::Pausing(deadline) => Some(deadline),
+            Stage::Pausing(deadline) | Stage::Replying(_, deadline) => Some(deadline),
             _ => Some(self.inbox.begun? + Duration::from_millis(FRAME_TIMEOUT_MS)),
         }
     }
@@ -140,7 +150,7 @@ impl Control {
         let late = self
             .deadline()
             .is_some_and(|deadline| deadline <= Instant::now());
-        if !self.woken.swap(false, Ordering::Relaxed) && !late {
+        if !self.woken.ready.swap(false, Ordering::Relaxed) && !late {
             return None;
         }
         // An empty counter: it was the socket.
@@ -153,12 +163,28 @@ impl Control {
         end
     }
 
+    /// The guest is asked to power off: a pause would keep it from hearing that, so the one that is under way is given up, and no
+    /// other is begun.
+    pub fn ends(&mut self, machine: &Machine, signal: &str) {
+        self.attachments.ends = true;
+        machine.vcpus.resume();
+        if let Stage::Pausing(_) = self.stage {
+            let why = format!("{signal} came: the VM is to end");
+            self.reply(&Reply::Refused { why }, machine);
+        }
+    }
+
     fn step(&mut self, machine: &mut Machine, late: bool) -> Option<End> {
         match &mut self.stage {
             Stage::Closed => None,
-            Stage::Replying(rest) => {
-                let rest = std::mem::take(rest);
-                self.send(rest, machine);
+            Stage::Replying(..) if late => {
+                // An owner that does not read is none.
+                self.close(machine);
+                None
+            }
+            Stage::Replying(rest, until) => {
+                let (rest, until) = (std::mem::take(rest), *until);
+                self.send(rest, until, machine);
                 None
             }
             Stage::Pausing(_) if machine.vcpus.is_quiet() => {
@@ -172,13 +198,7 @@ impl Control {
                 None
             }
             Stage::Pausing(_) => {
-                // All that the socket can still wake us for is that the owner is gone.
-                let mut byte = [0];
-                let flags = RecvFlags::DONTWAIT | RecvFlags::PEEK;
-                if matches!(
-                    recv(&self.socket, &mut byte, flags),
-                    Ok((0, _)) | Err(Errno::CONNRESET)
-                ) {
+                if self.woken.hung_up.load(Ordering::Relaxed) {
                     self.close(machine);
                 }
                 None
@@ -236,18 +256,19 @@ impl Control {
             Reply::Refused { why }.to_frame()
         });
         // The second one is short.
-        self.send(frame.unwrap_or_default(), machine);
+        let until = Instant::now() + Duration::from_millis(FRAME_TIMEOUT_MS);
+        self.send(frame.unwrap_or_default(), until, machine);
     }
 
     /// Sends what there is room for; the rest waits.
-    fn send(&mut self, mut bytes: Vec<u8>, machine: &Machine) {
+    fn send(&mut self, mut bytes: Vec<u8>, until: Instant, machine: &Machine) {
         self.stage = Stage::Listening;
         while !bytes.is_empty() {
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             match rustix::io::retry_on_intr(|| send(&self.socket, &bytes, flags)) {
                 Ok(sent) => drop(bytes.drain(..sent)),
                 Err(Errno::AGAIN) => {
-                    self.stage = Stage::Replying(bytes);
+                    self.stage = Stage::Replying(bytes, until);
                     return;
                 }
                 Err(_) => {
@@ -257,7 +278,7 @@ impl Control {
             }
         }
         // The next request may be there already, and nobody is woken for what is not looked at.
-        self.woken.store(true, Ordering::Relaxed);
+        self.woken.ready.store(true, Ordering::Relaxed);
     }
 
     /// The owner is gone: nobody is left to end a pause.
@@ -271,6 +292,7 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
+        self.poller.forget(self.quiet);
         self.poller.forget(self.socket.as_raw_fd());
     }
 }
@@ -280,7 +302,7 @@ fn interest(stage: &Stage) -> Interest {
     Interest {
         // One request at a time: the next waits in the socket.
         readable: matches!(stage, Stage::Listening),
-        writable: matches!(stage, Stage::Replying(_)),
+        writable: matches!(stage, Stage::Replying(..)),
     }
 }
 

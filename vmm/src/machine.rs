@@ -134,8 +134,9 @@ impl Machine {
                 if told.is_some() {
                     return stopped("twice");
                 }
-                // A guest that is paused hears nothing.
-                self.vcpus.resume();
+                if let Some(control) = &mut control {
+                    control.ends(self, signal);
+                }
                 if !self.ask_guest() {
                     return stopped("and the guest cannot be asked to power off");
                 }

@@ -109,13 +109,17 @@ impl Gate {
         })
     }
 
+    fn tell_quiet(&self) {
+        // Fails only when the counter is full, and then the fd is readable anyway.
+        let _ = self.quiet.write(1);
+    }
+
     /// Waits until the pause is over.
     fn park(&self) {
         self.change(|state| {
             state.parked += 1;
             if state.parked == state.all {
-                // Fails only when the counter is full, and then the fd is readable anyway.
-                let _ = self.quiet.write(1);
+                self.tell_quiet();
             }
         });
         let wanted = |_: &mut GateState| {
@@ -233,7 +237,13 @@ impl Vcpus {
 
     /// Makes all vCPUs leave the guest and wait. They have when [`Vcpus::is_quiet`] says so, which [`Vcpus::quiet`] tells of.
     pub fn pause(&self) {
-        self.gate.pause.store(true, Ordering::SeqCst);
+        self.gate.change(|state| {
+            self.gate.pause.store(true, Ordering::SeqCst);
+            // Threads that a resumption has not woken yet stay where they are.
+            if state.parked == state.all {
+                self.gate.tell_quiet();
+            }
+        });
         self.kick();
     }
 
@@ -334,9 +344,6 @@ impl Runner {
         while !self.gate.stop.load(Ordering::Acquire) {
             if self.gate.pause.load(Ordering::SeqCst) {
                 self.gate.park();
-                // What asked for the exit is done. A pause or stop that comes meanwhile asks behind its own word, which the loop
-                // reads next.
-                vcpu.immediate_exit().withdraw();
                 continue;
             }
             if let Some(end) = self.step(&mut vcpu) {
@@ -374,7 +381,12 @@ impl Runner {
                 let device = self.buses.mmio.read(address, data);
                 self.counts.add("mmio", device.unwrap_or("none"));
             }
-            Ok(Exit::Interrupted) => self.counts.add("interrupted", ""),
+            Ok(Exit::Interrupted) => {
+                self.counts.add("interrupted", "");
+                // What asked for the exit says why by a word of its own, set before it asked, which the loop reads next. A pause may be
+                // over already: then the vCPU goes on.
+                vcpu.immediate_exit().withdraw();
+            }
             Ok(Exit::Shutdown) => {
                 let why = format!("vCPU {index} shut down on a triple fault");
                 return Some(End::new(VmmExit::TripleFault, why));

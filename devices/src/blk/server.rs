@@ -21,15 +21,15 @@ use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::EventFd;
 
 counters! {
-    /// Requests, as they are begun and answered.
+    /// Requests that were done, by kind, and those that were not.
     DiskCounters {
         /// IN.
         reads,
-        /// Bytes that they ask for.
+        /// Their bytes.
         read_bytes,
         /// OUT.
         writes,
-        /// Bytes that they bring.
+        /// Their bytes.
         written_bytes,
         /// FLUSH.
         flushes,
@@ -44,25 +44,50 @@ counters! {
     }
 }
 
-impl DiskCounters {
-    fn begun(&self, request: &Request) {
+/// What a request counts as when it is done.
+#[derive(Clone, Copy, Default)]
+enum Tally {
+    Read(u64),
+    Write(u64),
+    Flush,
+    Discard,
+    WriteZeroes,
+    #[default]
+    Nothing,
+}
+
+impl Tally {
+    fn of(request: &Request) -> Tally {
         match request {
-            Request::Read(extent) => {
+            Request::Read(extent) => Tally::Read(extent.length),
+            Request::Write(extent) => Tally::Write(extent.length),
+            Request::Flush => Tally::Flush,
+            Request::Discard(_) => Tally::Discard,
+            Request::WriteZeroes(_) => Tally::WriteZeroes,
+            Request::Identify => Tally::Nothing,
+        }
+    }
+}
+
+impl DiskCounters {
+    fn done(&self, tally: Tally) {
+        match tally {
+            Tally::Read(bytes) => {
                 self.reads.add(1);
-                self.read_bytes.add(extent.length);
+                self.read_bytes.add(bytes);
             }
-            Request::Write(extent) => {
+            Tally::Write(bytes) => {
                 self.writes.add(1);
-                self.written_bytes.add(extent.length);
+                self.written_bytes.add(bytes);
             }
-            Request::Flush => self.flushes.add(1),
-            Request::Discard(_) => self.discards.add(1),
-            Request::WriteZeroes(_) => self.write_zeroes.add(1),
-            Request::Identify => {}
+            Tally::Flush => self.flushes.add(1),
+            Tally::Discard => self.discards.add(1),
+            Tally::WriteZeroes => self.write_zeroes.add(1),
+            Tally::Nothing => {}
         }
     }
 
-    fn answered(&self, status: Status) {
+    fn failed(&self, status: Status) {
         match status {
             Status::Ok => {}
             Status::IoError => self.errors.add(1),
@@ -90,6 +115,7 @@ struct InFlight {
     status: Vectors,
     /// Bytes in front of it that the driver lent for data.
     room: u32,
+    tally: Tally,
 }
 
 /// One queue, and which of its heads are under way.
@@ -270,7 +296,10 @@ impl Server {
         let filled = status == Status::Ok && ended.work.is_read();
         let data = if filled { ended.room } else { 0 };
         let written = answer(&ended.status, status, data, ended.room);
-        self.terms.counters.answered(status);
+        match status {
+            Status::Ok => self.terms.counters.done(ended.tally),
+            _ => self.terms.counters.failed(status),
+        }
         match lane.queue.push_used(&self.memory, ended.head, written) {
             Ok(()) => Some(ended.queue),
             Err(_) => {
@@ -372,10 +401,6 @@ fn begin(
         return Begun::Answered(0);
     };
     let request = Request::parse(&mut buffers.readable, room, terms.limits);
-    match &request {
-        Ok(request) => terms.counters.begun(request),
-        Err(refused) => terms.counters.answered(*refused),
-    }
     let mut data = Vec::new();
     let mut left = room;
     while let Some(piece) = buffers.writable.next_piece(left) {
@@ -386,8 +411,12 @@ fn begin(
     let status = Vectors::new(memory, &status);
     // The walk admitted no more than u32::MAX bytes.
     let room = room as u32;
+    let tally = request.as_ref().map(Tally::of).unwrap_or_default();
     let (work, vectors) = match request {
-        Err(refused) => return Begun::Answered(answer(&status, refused, 0, room)),
+        Err(refused) => {
+            terms.counters.failed(refused);
+            return Begun::Answered(answer(&status, refused, 0, room));
+        }
         Ok(Request::Read(extent)) if extent.length > 0 => {
             (Some(Work::read(extent)), Vectors::new(memory, &data))
         }
@@ -418,6 +447,7 @@ fn begin(
                 work,
                 status,
                 room,
+                tally,
             };
             Begun::Wait(request, vectors)
         }
@@ -474,6 +504,7 @@ mod tests {
             work: Work::flush(),
             status: Vectors::empty(),
             room: 0,
+            tally: Tally::Nothing,
         };
         let request = insert(&mut server.in_flight, &mut server.free, request);
         server.stop();

@@ -194,6 +194,14 @@ impl Server {
             }
         }
         self.up = up;
+        for number in 0..self.pairs.len() {
+            // What waits for room in the tap is lost now, or goes.
+            self.transmit(number);
+        }
+        for target in 0..self.used {
+            // A kick that came while it was pulled was for buffers that are there now.
+            self.feed(target);
+        }
     }
 
     /// Packets of tap `number`, into the receive queue that is used for it.

@@ -46,6 +46,7 @@ pub const NOTIFY_OFF_MULTIPLIER: u32 = 4;
 pub const TRANSPORT_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
+const RETIRE_TRIES: u32 = 1000;
 const PAGE: u64 = 0x1000;
 const COMMON_PAGE: u64 = 0;
 const ISR_PAGE: u64 = 1;
@@ -134,7 +135,9 @@ impl BarAddress {
 
 /// The driver has not let go of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the guest still uses the device; its agent has to let go of it first")]
+#[error(
+    "the guest still uses the device, or it could not be reset; its agent has to let go of it first"
+)]
 pub struct InUse;
 
 /// The driver-visible state of a transport: plain data.
@@ -285,16 +288,20 @@ impl VirtioPci {
     /// # Errors
     /// A driver works with it, or is just about to.
     pub fn retire(&self) -> Result<Box<dyn VirtioDevice>, InUse> {
-        let mut core = match self.core.try_lock() {
-            Ok(core) => core,
-            Err(TryLockError::Poisoned(core)) => core.into_inner(),
-            // A reset may wait for the thread that asks.
-            Err(TryLockError::WouldBlock) => return Err(InUse),
-        };
-        if self.in_use() {
-            return Err(InUse);
+        // A vCPU that looks at a register has the lock for a moment; one that resets may wait for the thread that asks.
+        for _ in 0..RETIRE_TRIES {
+            let mut core = match self.core.try_lock() {
+                _ if self.in_use() => return Err(InUse),
+                Ok(core) => core,
+                Err(TryLockError::Poisoned(core)) => core.into_inner(),
+                Err(TryLockError::WouldBlock) => {
+                    std::thread::yield_now();
+                    continue;
+                }
+            };
+            return Ok(std::mem::replace(&mut core.device, Box::new(Gone)));
         }
-        Ok(std::mem::replace(&mut core.device, Box::new(Gone)))
+        Err(InUse)
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {

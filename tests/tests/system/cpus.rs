@@ -29,6 +29,9 @@ fn ticks(guest: &Guest, vcpu: u32) -> u64 {
     field(14) + field(15)
 }
 
+/// What a CPU that waits may be charged with by the host's clock, in ticks: the bring-up of the others takes hundreds.
+const TICKS_MAX: u64 = 5;
+
 #[test]
 fn cpus_come_up_and_go_down_when_the_owner_says_so_and_containers_have_them() {
     let before = Ledger::now();
@@ -43,11 +46,8 @@ fn cpus_come_up_and_go_down_when_the_owner_says_so_and_containers_have_them() {
     let init = "grep -h Cpus_allowed_list /proc/1/status; cat /sys/devices/system/cpu/online";
     let seen = guest.exec("c1", init);
     assert!(seen.ends_with("\n0-2"), "{seen}");
-    assert_eq!(
-        ticks(&guest, 3),
-        waiting[2],
-        "a CPU that waits costs the host no time"
-    );
+    let spent = ticks(&guest, 3) - waiting[2];
+    assert!(spent <= TICKS_MAX, "a CPU that waits cost {spent} ticks");
 
     assert_eq!(online(&guest, 1).expect("two go down"), 1);
     assert_eq!(guest.exec("c1", "nproc"), "1");

@@ -14,11 +14,11 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 use ttrpc::Code;
 
-/// Behind pvpanic, the entropy device, vsock and the balloon.
-const FIRST_DISK: &str = "0000:00:05.0";
+/// Behind pvpanic, the entropy device, vsock, memory to be plugged and the balloon.
+const FIRST_DISK: &str = "0000:00:06.0";
 
-/// How long a guest may take to fill or empty its balloon.
-const BALLOON_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a guest may take to give memory back or to take it.
+const RESIZE_TIMEOUT: Duration = Duration::from_secs(120);
 
 fn disk(pci_address: &str, id: &str) -> DiskRequest {
     DiskRequest {
@@ -149,7 +149,7 @@ fn a_network_card_comes_and_goes() {
 }
 
 #[test]
-fn a_guest_is_paused_and_goes_on_and_gives_memory_back_when_asked() {
+fn a_guest_is_paused_and_goes_on_and_grows_and_shrinks_when_asked() {
     let before = Ledger::now();
     let mut guest = Guest::start(1, 1, &[]);
     guest.sleeper("c1");
@@ -157,15 +157,29 @@ fn a_guest_is_paused_and_goes_on_and_gives_memory_back_when_asked() {
     guest.control.done(&Request::Resume);
     assert_eq!(guest.exec("c1", "nproc"), "1");
     let boot = state(&mut guest).memory.boot_mib;
-    for balloon in [64, 0] {
-        let memory_mib = MemoryMib::try_from(boot - balloon).expect("memory");
+    for (mib, plugged, balloon) in [
+        (boot + 128, 128, 0),
+        (boot - 64, 0, 64),
+        (boot + 256, 256, 0),
+        (boot, 0, 0),
+    ] {
+        let memory_mib = MemoryMib::try_from(mib).expect("memory");
         guest.control.done(&Request::Resize { memory_mib });
         let since = Instant::now();
-        while state(&mut guest).memory.balloon_mib != balloon {
-            assert!(since.elapsed() < BALLOON_TIMEOUT, "{:?}", state(&mut guest));
+        loop {
+            let memory = state(&mut guest).memory;
+            if (memory.plugged_mib, memory.balloon_mib) == (plugged, balloon) {
+                break;
+            }
+            assert!(since.elapsed() < RESIZE_TIMEOUT, "{mib} MiB: {memory:?}");
             std::thread::sleep(Duration::from_millis(20));
         }
     }
+    let more = Request::Resize {
+        memory_mib: MemoryMib::try_from(boot + 1024).expect("memory"),
+    };
+    let why = guest.control.refused(&more, &[]);
+    assert!(why.contains("this guest can have"), "{why}");
     drop(guest);
     before.balances();
 }

@@ -30,6 +30,8 @@ pub struct Attachments {
     pub disks: Arc<DiskIo>,
     /// Where devices live.
     pub poller: Arc<Poller>,
+    /// The VM was told to end, and the guest is asked to power off.
+    pub ends: bool,
 }
 
 /// What is to be done about a request.
@@ -63,6 +65,7 @@ impl Attachments {
             Request::DetachNic { mac } => detach(machine, "virtio-net", &String::from(mac)),
             Request::SetLink { mac, up } => set_link(machine, mac, up),
             Request::Resize { memory_mib } => self.resize(machine, memory_mib),
+            Request::Pause if self.ends => Err("the VM is to end".to_owned()),
             Request::Pause if machine.vcpus.is_quiet() => Ok(Reply::Done),
             Request::Pause => {
                 machine.vcpus.pause();
@@ -79,6 +82,8 @@ impl Attachments {
 
     fn state(&self, machine: &Machine) -> MachineState {
         let mib = |bytes: u64| bytes >> 20;
+        let mut devices: Vec<_> = machine.slots.all().iter().filter_map(device).collect();
+        devices.sort_by_key(|device| device.pci);
         let plugged = machine.mem.as_ref().map_or(0, |mem| mem.plugged());
         MachineState {
             id: self.id.clone(),
@@ -92,7 +97,7 @@ impl Attachments {
                 plugged_mib: mib(plugged),
                 balloon_mib: mib(u64::from(machine.balloon.actual()) << 12),
             },
-            devices: machine.slots.all().iter().filter_map(device).collect(),
+            devices,
         }
     }
 

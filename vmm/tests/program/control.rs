@@ -123,6 +123,30 @@ fn a_paused_guest_does_nothing_until_it_is_resumed() {
 }
 
 #[test]
+fn pauses_and_resumptions_without_a_moment_between_them_lose_nothing() {
+    if !can_run("pauses_and_resumptions_without_a_moment_between_them_lose_nothing") {
+        return;
+    }
+    let (mut running, mut control) =
+        start_with(&Code::default().print_config_for_ever(0x8000_0000), "");
+    running.printed("6");
+    let since = Instant::now();
+    for _ in 0..200 {
+        control.done(&Request::Pause);
+        control.done(&Request::Resume);
+    }
+    // Each pause that is lost takes until its deadline of 3 s.
+    assert!(since.elapsed() < Duration::from_secs(60));
+    let printed = running.bytes().len();
+    while running.bytes().len() == printed {
+        assert!(since.elapsed() < Duration::from_secs(120), "it stands");
+        std::thread::yield_now();
+    }
+    let ended = stop(running, control);
+    assert_eq!(ended.exit, Some(VmmExit::Stopped), "{}", ended.stderr);
+}
+
+#[test]
 fn an_owner_that_goes_away_leaves_a_vm_that_runs() {
     if !can_run("an_owner_that_goes_away_leaves_a_vm_that_runs") {
         return;

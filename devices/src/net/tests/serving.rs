@@ -94,6 +94,25 @@ fn a_pulled_cable_loses_packets_of_both_directions_and_a_plugged_one_none() {
 }
 
 #[test]
+fn buffers_lent_while_the_cable_is_pulled_are_filled_when_it_is_plugged() {
+    let Some(mut guest) = Guest::new(1, MTU, MRG_RXBUF | STATUS) else {
+        return;
+    };
+    // A packet for which nothing is lent: from now on the card waits for a kick.
+    guest.send(b"too early");
+    guest.settle();
+    guest.link.set(false);
+    guest.lend(RECEIVE, 4, 2048);
+    guest.settle();
+    guest.link.set(true);
+    guest.send(b"to the guest");
+    let mut texts = Vec::new();
+    while texts.last().is_none_or(|last| last != b"to the guest") {
+        texts.push(text(&guest.received(RECEIVE).data).to_vec());
+    }
+}
+
+#[test]
 fn the_control_queue_sets_the_pairs_and_refuses_the_rest() {
     let Some(mut guest) = Guest::new(2, MTU, MRG_RXBUF | CTRL_VQ | MQ) else {
         return;
