@@ -2,13 +2,14 @@
 //!
 //! Two steps, because the file system's threads start between them and inherit what the process is by then:
 //! [`isolate`] first of all (limits; network, IPC and host name of its own), [`enter`] last (empty root, the
-//! configured user and group, no capability, no new privileges). Behind that comes only seccomp.
+//! configured user and group, no capability, no new privileges, Landlock). Behind that comes only seccomp.
 //!
 //! Two parts are the owner's to give, because only who makes a process can (docs/decisions/0013): the PID namespace, of which
 //! this process is to be the first, and the cgroup, which it is born in. Without the first it refuses to start.
 //!
-//! If any part cannot be had, the VM does not start.
+//! If any part cannot be had, the VM does not start; only Landlock is left out where the kernel has none.
 
+mod landlock;
 mod parent;
 
 pub use parent::Parent;
@@ -84,7 +85,7 @@ pub fn isolate(dies_with_parent: bool) -> Result<Option<Parent>, JailError> {
     Ok(parent)
 }
 
-/// Closes the rest: root, user, capabilities, privileges. For the calling thread and those that it
+/// Closes the rest: root, user, capabilities, privileges, file systems. For the calling thread and those that it
 /// starts from now on. `parent` is given if the process must end with it; with an owner channel that
 /// channel says so.
 ///
@@ -94,6 +95,8 @@ pub fn enter(jail: JailConfig, parent: Option<Parent>) -> Result<(), JailError> 
     enter_empty_root()?;
     become_nobody(jail)?;
     step("refuse new privileges", set_no_new_privs(true))?;
+    // Behind the last thing that opens or mounts anything.
+    landlock::forbid_everything()?;
     step(
         "become undumpable",
         set_dumpable_behavior(DumpableBehavior::NotDumpable),
