@@ -8,6 +8,7 @@ use nix::sys::signal::{self, SigSet, SigmaskHow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use std::ffi::CStr;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
@@ -166,7 +167,12 @@ impl Code {
 
 /// A file in memory that a child inherits.
 pub(crate) fn inherited(bytes: &[u8]) -> File {
-    let mut file = File::from(memfd_create(c"test", MemfdFlags::empty()).unwrap());
+    named(c"test", bytes)
+}
+
+/// The same by a name that /proc shows.
+pub(crate) fn named(name: &CStr, bytes: &[u8]) -> File {
+    let mut file = File::from(memfd_create(name, MemfdFlags::empty()).unwrap());
     file.write_all(bytes).unwrap();
     file.rewind().unwrap();
     file
@@ -256,8 +262,7 @@ pub(crate) struct Running {
 
 /// A VMM that has ended.
 pub(crate) struct Ended {
-    /// The exit code; `None` after a signal.
-    pub code: Option<i32>,
+    /// `None` after a signal.
     pub exit: Option<VmmExit>,
     pub stderr: String,
     pub serial: String,
@@ -313,7 +318,6 @@ impl Running {
         pipe.read_to_string(&mut stderr).unwrap();
         let code = self.child.wait().unwrap().code();
         Ended {
-            code,
             exit: code.and_then(VmmExit::from_code),
             stderr,
             serial: contents(&self.serial),

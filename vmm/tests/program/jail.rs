@@ -1,107 +1,343 @@
-//! What a VMM with a running guest still may do, read back from /proc.
+//! What a VMM with a running guest still is and holds, read back from `/proc`, thread by thread and descriptor by descriptor.
 
-use crate::harness::{Code, GID, UID, Vmm, can_run};
-use rustix::process::Signal;
-use std::fs::{read_dir, read_link, read_to_string};
-use std::path::PathBuf;
+use crate::harness::{Code, GID, Running, UID, Vmm, can_run, inherited, named};
+use crate::owner;
+use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC, ftruncate, openat, statfs};
+use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, metadata, read_dir, read_link, read_to_string};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
-fn field<'a>(status: &'a str, name: &str) -> &'a str {
-    status
-        .lines()
-        .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
-        .unwrap_or_else(|| panic!("no {name} in status"))
-        .trim()
+/// The namespaces that every VM has for itself.
+const NAMESPACES: [&str; 5] = ["mnt", "net", "ipc", "uts", "pid"];
+/// What newer hosts add to a process that runs VMs; held against the same list as our threads.
+const THREAD_OF_KVM: &str = "kvm-nx-lpage-re";
+/// The capabilities of a share's threads, as bits (capability.h): CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETFCAP.
+const SHARE_CAPABILITIES: &str = "00000000800000db";
+const NO_CAPABILITIES: &str = "0000000000000000";
+const DISK_BYTES: u64 = 1 << 20;
+const IN_THE_SHARE: &str = "a file of the share";
+
+/// A VM with everything but network cards, which take a network of the tester's.
+struct Full {
+    process: PathBuf,
+    _running: Running,
+    _owner: OwnedFd,
+}
+
+impl Full {
+    fn start() -> Full {
+        let mut vmm = Vmm::of(&Code::default().print("up").spin());
+        vmm.cpus = 2;
+        let disk = named(c"disk", b"");
+        ftruncate(&disk, DISK_BYTES).unwrap();
+        let share = share();
+        vmm.more = format!(
+            r#","disks":[{{"fd":{},"id":"disk"}}],"shares":[{{"tag":"share","tree_fd":{}}}]"#,
+            disk.as_raw_fd(),
+            share.as_raw_fd(),
+        );
+        let (mut running, owner) = owner::start(vmm);
+        running.printed("up");
+        Full {
+            process: PathBuf::from(format!("/proc/{}", running.child.id())),
+            _running: running,
+            _owner: owner,
+        }
+    }
+
+    fn threads(&self) -> Vec<Thread> {
+        let tasks = read_dir(self.process.join("task")).unwrap();
+        tasks.map(|task| Thread::at(task.unwrap().path())).collect()
+    }
+
+    /// How many descriptors of each kind the process holds.
+    fn fds(&self) -> BTreeMap<String, usize> {
+        let mut kinds = BTreeMap::new();
+        for fd in read_dir(self.process.join("fd")).unwrap() {
+            *kinds.entry(kind(&fd.unwrap().path())).or_default() += 1;
+        }
+        kinds
+    }
+
+    fn has_ring(&self) -> bool {
+        self.fds().contains_key("io_uring")
+    }
+}
+
+/// A file system that is mounted nowhere and has one file, for a child to inherit.
+fn share() -> OwnedFd {
+    let tmpfs = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+    fsconfig_create(&tmpfs).unwrap();
+    let mount = fsmount(&tmpfs, FsMountFlags::empty(), MountAttrFlags::empty()).unwrap();
+    let flags = OFlags::CREATE | OFlags::CLOEXEC;
+    openat(&mount, IN_THE_SHARE, flags, Mode::RUSR).unwrap();
+    mount
+}
+
+/// What a descriptor of a process is, without what differs from run to run.
+fn kind(fd: &Path) -> String {
+    let target = read_link(fd).unwrap().to_str().unwrap().to_owned();
+    match target.as_str() {
+        "/" if statfs(fd).unwrap().f_type == PROC_SUPER_MAGIC => "/proc/self/fd".to_owned(),
+        "/" => "root of a share".to_owned(),
+        _ => {
+            let what = target.trim_start_matches("anon_inode:");
+            let what = what.split(":[").next().unwrap();
+            what.trim_matches(['[', ']']).to_owned()
+        }
+    }
+}
+
+/// A thread of a VMM, in `/proc`.
+struct Thread {
+    place: PathBuf,
+    status: String,
+}
+
+impl Thread {
+    fn at(place: PathBuf) -> Thread {
+        let status = read_to_string(place.join("status")).unwrap();
+        Thread { place, status }
+    }
+
+    fn field(&self, name: &str) -> &str {
+        self.status
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(':'))
+            .unwrap_or_else(|| panic!("no {name} in status"))
+            .trim()
+    }
+
+    fn name(&self) -> &str {
+        self.field("Name")
+    }
+
+    fn serves_a_share(&self) -> bool {
+        self.name().starts_with("fs")
+    }
+
+    fn namespace(&self, name: &str) -> PathBuf {
+        read_link(self.place.join("ns").join(name)).unwrap()
+    }
+
+    /// The names in its root or its working directory.
+    fn names_in(&self, directory: &str) -> BTreeSet<String> {
+        let entries = read_dir(self.place.join(directory)).unwrap();
+        let names = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        names.collect()
+    }
+
+    /// Who it is and what it may do, whatever kind it is of. `filters` are those of its own and of whoever started the VMM.
+    fn is_nobody(&self, filters: usize) {
+        let name = self.name();
+        let (file_user, file_group, capabilities) = match self.serves_a_share() {
+            true => (0, 0, SHARE_CAPABILITIES),
+            false => (UID, GID, NO_CAPABILITIES),
+        };
+        let uids = format!("{UID}\t{UID}\t{UID}\t{file_user}");
+        assert_eq!(self.field("Uid"), uids, "{name}");
+        let gids = format!("{GID}\t{GID}\t{GID}\t{file_group}");
+        assert_eq!(self.field("Gid"), gids, "{name}");
+        assert_eq!(self.field("Groups"), "", "{name}");
+        for set in ["CapEff", "CapPrm"] {
+            assert_eq!(self.field(set), capabilities, "{set} of {name}");
+        }
+        for set in ["CapInh", "CapBnd", "CapAmb"] {
+            assert_eq!(self.field(set), NO_CAPABILITIES, "{set} of {name}");
+        }
+        assert_eq!(self.field("NoNewPrivs"), "1", "{name}");
+        assert_eq!(self.field("Seccomp"), "2", "{name}");
+        let found = self.field("Seccomp_filters");
+        assert_eq!(found, filters.to_string(), "{name}");
+        // What a process that can be dumped is, its files in /proc belong to.
+        assert_eq!(metadata(self.place.join("status")).unwrap().uid(), 0);
+        let innermost = self.field("NSpid").split('\t').next_back();
+        assert_eq!(innermost == Some("1"), name == "capsid-vmm");
+    }
+
+    /// It sees one mount: nothing at all, or the share.
+    fn sees_nothing_of_the_host(&self) {
+        let name = self.name();
+        let mounts = read_to_string(self.place.join("mountinfo")).unwrap();
+        assert_eq!(mounts.lines().count(), 1, "{name}: {mounts}");
+        assert!(mounts.contains(" - tmpfs "), "{name}: {mounts}");
+        let cwd = self.place.join("cwd");
+        if self.serves_a_share() {
+            let restricted = " / rw,nosuid,nodev,noexec,relatime,nosymfollow - ";
+            assert!(mounts.contains(restricted), "{name}: {mounts}");
+            assert_eq!(self.names_in("root"), [IN_THE_SHARE.to_owned()].into());
+            let fds = |name: &String| name.parse::<u32>().is_ok();
+            assert!(self.names_in("cwd").iter().all(fds), "{name}");
+            assert_eq!(statfs(&cwd).unwrap().f_type, PROC_SUPER_MAGIC, "{name}");
+        } else {
+            assert!(mounts.contains(" / ro,nosuid,nodev,noexec,"), "{mounts}");
+            assert_eq!(self.names_in("root"), BTreeSet::new(), "{name}");
+            assert_eq!(self.names_in("cwd"), BTreeSet::new(), "{name}");
+            assert_eq!(read_link(&cwd).unwrap(), Path::new("/"), "{name}");
+        }
+    }
+}
+
+/// The names of all threads but KVM's, sorted.
+fn names(threads: &[Thread]) -> Vec<&str> {
+    let names = threads.iter().map(Thread::name);
+    let mut names: Vec<&str> = names.filter(|name| *name != THREAD_OF_KVM).collect();
+    names.sort_unstable();
+    names
+}
+
+/// What the names of all threads are to be, sorted.
+fn expected_names(ring: bool) -> Vec<&'static str> {
+    let disks: &[&str] = &["disk0", "disk1", "disk2", "disk3"];
+    let mut names = vec!["capsid-vmm"];
+    names.extend(disks.iter().filter(|_| !ring));
+    names.extend(["fs0", "fs1", "fs2", "fs3", "vcpu0", "vcpu1"]);
+    names
 }
 
 #[test]
-fn every_thread_of_a_running_vmm_is_jailed() {
-    if !can_run("every_thread_of_a_running_vmm_is_jailed") {
+fn every_thread_of_a_running_vmm_is_nobody_and_sees_nothing() {
+    if !can_run("every_thread_of_a_running_vmm_is_nobody_and_sees_nothing") {
         return;
     }
-    let mut vmm = Vmm::of(&Code::default().print("up").spin());
-    vmm.cpus = 2;
-    let mut running = vmm.start();
-    running.printed("up");
-    let process = PathBuf::from(format!("/proc/{}", running.child.id()));
-
-    let mut names = Vec::new();
-    for thread in read_dir(process.join("task")).unwrap() {
-        let thread = thread.unwrap().path();
-        let status = read_to_string(thread.join("status")).unwrap();
-        let ids = |id: u32| vec![id.to_string(); 4].join("\t");
-        assert_eq!(field(&status, "Uid"), ids(UID));
-        assert_eq!(field(&status, "Gid"), ids(GID));
-        assert_eq!(field(&status, "Groups"), "");
-        for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
-            assert_eq!(field(&status, set), "0000000000000000", "{set}");
-        }
-        let pids = field(&status, "NSpid").split('\t').next_back();
-        let is_main = field(&status, "Name") == "capsid-vmm";
-        assert_eq!(pids == Some("1"), is_main, "{pids:?}");
-        assert_eq!(field(&status, "NoNewPrivs"), "1");
-        assert_eq!(field(&status, "Seccomp"), "2");
-        for name in ["mnt", "net", "ipc", "uts", "pid"] {
-            let own = read_link(thread.join("ns").join(name)).unwrap();
-            let ours = read_link(PathBuf::from("/proc/self/ns").join(name)).unwrap();
-            assert_ne!(own, ours, "{name} namespace");
-        }
-        names.push(field(&status, "Name").to_owned());
+    let vm = Full::start();
+    let threads = vm.threads();
+    assert_eq!(names(&threads), expected_names(vm.has_ring()));
+    for thread in &threads {
+        thread.is_nobody(1);
+        thread.sees_nothing_of_the_host();
     }
-    // Newer hosts add a worker of KVM's own, which was held against the same list.
-    for name in ["capsid-vmm", "vcpu0", "vcpu1"] {
-        assert!(
-            names.iter().any(|thread| thread == name),
-            "{name} in {names:?}"
-        );
-    }
-
-    let mounts = read_to_string(process.join("mountinfo")).unwrap();
-    assert_eq!(mounts.lines().count(), 1, "{mounts}");
-    assert!(
-        mounts.contains(" - tmpfs ") && mounts.contains(" / ro,"),
-        "{mounts}"
-    );
-    assert_eq!(read_dir(process.join("root")).unwrap().count(), 0);
-    let limits = read_to_string(process.join("limits")).unwrap();
-    let core = limits
-        .lines()
-        .find(|line| line.starts_with("Max core file size"));
-    assert!(
-        core.is_some_and(|line| line.split_whitespace().nth(4) == Some("0")),
-        "{limits}"
-    );
-    running.signal(Signal::KILL);
-    assert_eq!(running.wait().code, None);
 }
 
 #[test]
-fn a_running_vmm_holds_only_the_fds_that_it_needs_and_no_environment() {
-    if !can_run("a_running_vmm_holds_only_the_fds_that_it_needs_and_no_environment") {
+fn on_a_host_without_io_uring_the_threads_of_the_disks_are_jailed_as_well() {
+    if !can_run("on_a_host_without_io_uring_the_threads_of_the_disks_are_jailed_as_well") {
+        return;
+    }
+    // As container runtimes refuse it. The filter is the thread's that starts the VMM, and so the VMM's.
+    let no_rings = SeccompFilter::new(
+        BTreeMap::from([(libc::SYS_io_uring_setup, Vec::new())]),
+        SeccompAction::Allow,
+        SeccompAction::Errno(libc::EPERM.cast_unsigned()),
+        TargetArch::x86_64,
+    );
+    let no_rings = BpfProgram::try_from(no_rings.unwrap()).unwrap();
+    let test = move || {
+        seccompiler::apply_filter(&no_rings).unwrap();
+        let vm = Full::start();
+        assert!(!vm.has_ring());
+        let threads = vm.threads();
+        assert_eq!(names(&threads), expected_names(false));
+        for thread in &threads {
+            thread.is_nobody(2);
+            thread.sees_nothing_of_the_host();
+        }
+    };
+    std::thread::spawn(test).join().unwrap();
+}
+
+#[test]
+fn every_vm_has_namespaces_of_its_own() {
+    if !can_run("every_vm_has_namespaces_of_its_own") {
+        return;
+    }
+    let (first, second) = (Full::start(), Full::start());
+    let of = |vm: &Full, name: &str| -> BTreeSet<PathBuf> {
+        let threads = vm.threads();
+        threads
+            .iter()
+            .map(|thread| thread.namespace(name))
+            .collect()
+    };
+    for name in NAMESPACES {
+        let ours = read_link(Path::new("/proc/thread-self/ns").join(name)).unwrap();
+        let (first, second) = (of(&first, name), of(&second, name));
+        assert!(first.is_disjoint(&second), "{name}: {first:?} {second:?}");
+        for all in [first, second] {
+            assert!(!all.contains(&ours), "{name}");
+            // The threads of a share have one more set of mounts.
+            assert_eq!(all.len(), if name == "mnt" { 2 } else { 1 }, "{name}");
+        }
+    }
+}
+
+#[test]
+fn a_running_vmm_has_limits_and_leaves_no_dump() {
+    if !can_run("a_running_vmm_has_limits_and_leaves_no_dump") {
+        return;
+    }
+    let vm = Full::start();
+    let limits = read_to_string(vm.process.join("limits")).unwrap();
+    for (name, most) in [
+        ("Max core file size", "0"),
+        ("Max open files", "16384"),
+        ("Max locked memory", "0"),
+        ("Max msgqueue size", "0"),
+        ("Max file size", "unlimited"),
+    ] {
+        let line = limits.lines().find_map(|line| line.strip_prefix(name));
+        let values: Vec<&str> = line.unwrap().split_whitespace().take(2).collect();
+        assert_eq!(values, [most, most], "{name}");
+    }
+    // The guest's memory is the one mapping of its size.
+    let maps = read_to_string(vm.process.join("smaps")).unwrap();
+    let (mut size, mut guest) = ("", 0);
+    for line in maps.lines() {
+        match line.split_once(':') {
+            Some(("Size", kib)) => size = kib.trim(),
+            Some(("VmFlags", flags)) if size == "65536 kB" => {
+                assert!(flags.contains(" dd"), "{flags}");
+                guest += 1;
+            }
+            _ => {}
+        }
+    }
+    assert_eq!(guest, 1, "{maps}");
+}
+
+#[test]
+fn a_running_vmm_holds_exactly_these_fds_and_no_environment() {
+    if !can_run("a_running_vmm_holds_exactly_these_fds_and_no_environment") {
         return;
     }
     // An fd that came along by mistake.
-    let stray = crate::harness::inherited(b"stray");
-    let mut running = Vmm::of(&Code::default().print("up").spin()).start();
-    running.printed("up");
+    let stray = inherited(b"stray");
+    let vm = Full::start();
+    let ring = usize::from(vm.has_ring());
+    // Kernel and configuration are closed, and so is /dev/kvm.
+    let expected = [
+        // Standard input and output; errors.
+        ("/dev/null", 2),
+        ("pipe", 1),
+        // Serial port and report; the disk.
+        ("/memfd:test (deleted)", 2),
+        ("/memfd:disk (deleted)", 1),
+        // The owner channel.
+        ("socket", 1),
+        ("kvm-vm", 1),
+        ("kvm-vcpu:0", 1),
+        ("kvm-vcpu:1", 1),
+        // Event loop, signals to stop, deadlines of connections.
+        ("eventpoll", 1),
+        ("signalfd", 1),
+        ("timerfd", 1),
+        // The end of the VM, the serial port's interrupt, vsock that has room again, completions of the disks; and one for each
+        // queue: 1 of rng, 3 of vsock, 1 of the disk, 2 of the share.
+        ("eventfd", 4 + 7),
+        ("io_uring", ring),
+        // The tree that the owner gave, the share's root in it, and where the share's threads find their own descriptors.
+        ("root of a share", 2),
+        ("/proc/self/fd", 1),
+    ];
+    let expected = expected.map(|(kind, count)| (kind.to_owned(), count));
+    let expected = expected.into_iter().filter(|(_, count)| *count > 0);
+    assert_eq!(vm.fds(), expected.collect());
     drop(stray);
-    let process = PathBuf::from(format!("/proc/{}", running.child.id()));
-    let known = ["/dev/null", "/memfd:test", "anon_inode:", "pipe:"];
-    for fd in read_dir(process.join("fd")).unwrap() {
-        let target = read_link(fd.unwrap().path()).unwrap();
-        let target = target.to_string_lossy().into_owned();
-        let expected = known.iter().any(|known| target.starts_with(known));
-        assert!(expected, "{target}");
-    }
-    let memfds = read_dir(process.join("fd")).unwrap();
-    let memfds = memfds.filter(|fd| {
-        let target = read_link(fd.as_ref().unwrap().path()).unwrap();
-        target.to_string_lossy().contains("memfd:test")
-    });
-    assert_eq!(
-        memfds.count(),
-        2,
-        "serial and report; kernel and config are closed, others never kept"
-    );
-    let environment = read_to_string(process.join("environ")).unwrap_or_default();
-    assert!(!environment.contains("not for a guest"));
+    let environment = File::open(vm.process.join("environ")).unwrap();
+    let environment = std::io::read_to_string(environment).unwrap();
+    assert!(!environment.contains("not for a guest"), "{environment:?}");
 }

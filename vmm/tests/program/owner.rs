@@ -117,8 +117,8 @@ fn ping() -> Code {
         .halt()
 }
 
-/// A VMM with an owner channel, and the owner's end.
-fn start(code: &Code) -> (Running, OwnedFd) {
+/// Starts a VMM with an owner channel; also the owner's end.
+pub(crate) fn start(mut vmm: Vmm) -> (Running, OwnedFd) {
     let pair = |flags| socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
     let (theirs, ours) = pair(SocketFlags::empty()).unwrap();
     rustix::io::fcntl_setfd(&ours, rustix::io::FdFlags::CLOEXEC).unwrap();
@@ -128,8 +128,7 @@ fn start(code: &Code) -> (Running, OwnedFd) {
         Some(WAIT),
     )
     .unwrap();
-    let mut vmm = Vmm::of(code);
-    vmm.more = format!(
+    vmm.more += &format!(
         r#","vsock":{{"owner_fd":{},"guest_may_dial":[{{"port":1024,"connections":1}}]}}"#,
         theirs.as_raw_fd()
     );
@@ -179,7 +178,7 @@ fn a_guest_and_its_owner_talk_and_the_vm_ends_with_its_owner() {
     if !can_run("a_guest_and_its_owner_talk_and_the_vm_ends_with_its_owner") {
         return;
     }
-    let (mut running, owner) = start(&ping());
+    let (mut running, owner) = start(Vmm::of(&ping()));
     let mut stream = accept(&owner);
     let mut said = [0; 4];
     stream.read_exact(&mut said).unwrap();
@@ -201,7 +200,7 @@ fn a_connect_before_the_guests_driver_runs_reads_the_end_and_the_vm_goes_on() {
     if !can_run("a_connect_before_the_guests_driver_runs_reads_the_end_and_the_vm_goes_on") {
         return;
     }
-    let (running, owner) = start(&Code::default().halt());
+    let (running, owner) = start(Vmm::of(&Code::default().halt()));
     for port in 0..20 {
         assert_eq!(connect(&owner, port).read(&mut [0; 1]).unwrap(), 0);
     }
@@ -215,7 +214,7 @@ fn a_message_that_is_none_is_refused_like_a_bad_config() {
     if !can_run("a_message_that_is_none_is_refused_like_a_bad_config") {
         return;
     }
-    let (running, owner) = start(&Code::default().halt());
+    let (running, owner) = start(Vmm::of(&Code::default().halt()));
     rustix::net::send(&owner, b"CONNECT 1024\n", SendFlags::empty()).unwrap();
     let ended = running.wait();
     assert_eq!(ended.exit, Some(VmmExit::BadConfig), "{}", ended.stderr);
