@@ -12,6 +12,9 @@ use seccompiler::{
     SeccompRule, TargetArch,
 };
 use std::collections::BTreeMap;
+use vmm_sys_util::signal::SIGRTMIN;
+
+type Calls = BTreeMap<i64, Vec<SeccompRule>>;
 
 /// A compiled filter.
 pub struct Filter(BpfProgram);
@@ -55,10 +58,14 @@ struct When {
 
 enum Test {
     Is(u32),
+    /// The first, whatever the bits of the second are.
+    IsApartFrom(u32, u32),
     /// None of these bits is set.
     Lacks(u32),
     /// The process itself, for signals.
     IsOwnPid,
+    /// The signal that stops vCPUs; its number is the C library's to say.
+    IsWakeUp,
 }
 
 /// Compiles the filter of one kind of thread.
@@ -67,27 +74,8 @@ enum Test {
 /// A rule makes no sense.
 pub fn compile(kind: ThreadKind) -> Result<Filter, FilterError> {
     let failed = |cause| FilterError::Compile(kind, cause);
-    let (rules, more) = match kind {
-        ThreadKind::Main => (rules::MAIN, &[] as &[i64]),
-        ThreadKind::Vcpu => (rules::VCPU, &[] as &[i64]),
-        ThreadKind::FileSystem => (&[] as &[Rule], FS_SYSCALLS),
-        ThreadKind::Disk => (&[] as &[Rule], DISK_SYSCALLS),
-    };
-    let mut calls: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    for rule in rules::EVERY_THREAD.iter().chain(rules) {
-        let alternatives = calls.entry(rule.call).or_default();
-        if !rule.when.is_empty() {
-            let conditions = rule.when.iter().map(condition);
-            let conditions = conditions.collect::<Result<Vec<_>, _>>().map_err(failed)?;
-            alternatives.push(SeccompRule::new(conditions).map_err(failed)?);
-        }
-    }
-    for call in more {
-        // What every thread may do only with some arguments stays so.
-        calls.entry(*call).or_default();
-    }
     let filter = SeccompFilter::new(
-        calls,
+        calls(kind).map_err(failed)?,
         SeccompAction::KillProcess,
         SeccompAction::Allow,
         TargetArch::x86_64,
@@ -96,11 +84,42 @@ pub fn compile(kind: ThreadKind) -> Result<Filter, FilterError> {
     Ok(Filter(program))
 }
 
+/// The rules of one kind of thread, and the calls that it may make with any argument but where a rule says otherwise.
+fn rules(kind: ThreadKind) -> (impl Iterator<Item = &'static Rule>, &'static [i64]) {
+    let (rules, calls): (&[&[Rule]], &[i64]) = match kind {
+        ThreadKind::Main => (&[rules::MAIN_AND_VCPU, rules::MAIN], &[]),
+        ThreadKind::Vcpu => (&[rules::MAIN_AND_VCPU, rules::VCPU], &[]),
+        ThreadKind::FileSystem => (&[rules::FILE_SYSTEM], FS_SYSCALLS),
+        ThreadKind::Disk => (&[], DISK_SYSCALLS),
+    };
+    let rules = rules.iter().copied().flatten();
+    (rules::EVERY_THREAD.iter().chain(rules), calls)
+}
+
+/// All that one kind of thread may call, each with its alternatives; none means always.
+fn calls(kind: ThreadKind) -> Result<Calls, seccompiler::BackendError> {
+    let (rules, more) = rules(kind);
+    let mut calls = Calls::new();
+    for rule in rules {
+        let alternatives = calls.entry(rule.call).or_default();
+        if !rule.when.is_empty() {
+            let conditions = rule.when.iter().map(condition);
+            alternatives.push(SeccompRule::new(conditions.collect::<Result<_, _>>()?)?);
+        }
+    }
+    for call in more {
+        calls.entry(*call).or_default();
+    }
+    Ok(calls)
+}
+
 fn condition(when: &When) -> Result<SeccompCondition, seccompiler::BackendError> {
     let (operator, value) = match when.test {
         Test::Is(value) => (SeccompCmpOp::Eq, value),
+        Test::IsApartFrom(value, bits) => (SeccompCmpOp::MaskedEq(u64::from(!bits)), value),
         Test::Lacks(bits) => (SeccompCmpOp::MaskedEq(u64::from(bits)), 0),
         Test::IsOwnPid => (SeccompCmpOp::Eq, std::process::id()),
+        Test::IsWakeUp => (SeccompCmpOp::Eq, SIGRTMIN() as u32),
     };
     let length = SeccompCmpArgLen::Dword;
     SeccompCondition::new(when.argument, length, operator, u64::from(value))
@@ -116,11 +135,12 @@ pub fn confine(filter: &Filter) -> Result<(), FilterError> {
 
 #[cfg(test)]
 mod tests {
+    use super::ThreadKind::{Disk, FileSystem, Main, Vcpu};
     use super::*;
+    use std::collections::BTreeSet;
 
     #[test]
     fn all_filters_compile_to_bounded_programs() {
-        use ThreadKind::{Disk, FileSystem, Main, Vcpu};
         for kind in [Main, Vcpu, FileSystem, Disk] {
             let filter = compile(kind).unwrap();
             assert!(filter.0.len() > 50, "{kind:?}");
@@ -130,12 +150,41 @@ mod tests {
 
     #[test]
     fn no_rule_of_a_call_is_both_always_and_sometimes() {
-        for rules in [rules::MAIN, rules::VCPU] {
-            let all: Vec<&Rule> = rules::EVERY_THREAD.iter().chain(rules).collect();
+        for kind in [Main, Vcpu, FileSystem, Disk] {
+            let all: Vec<&Rule> = rules(kind).0.collect();
             for always in all.iter().filter(|rule| rule.when.is_empty()) {
                 let same = all.iter().filter(|rule| rule.call == always.call).count();
                 assert_eq!(same, 1, "system call {}", always.call);
             }
         }
+    }
+
+    #[test]
+    fn threads_of_devices_get_what_they_list_and_little_more() {
+        let beyond = |kind, list: &[i64]| {
+            let calls: BTreeSet<i64> = calls(kind).unwrap().into_keys().collect();
+            let listed: BTreeSet<i64> = list.iter().copied().collect();
+            assert!(calls.is_superset(&listed), "{kind:?}");
+            calls.difference(&listed).copied().collect::<Vec<_>>()
+        };
+        let ending = libc::SYS_exit_group;
+        assert_eq!(beyond(FileSystem, FS_SYSCALLS), [libc::SYS_ioctl, ending]);
+        assert_eq!(beyond(Disk, DISK_SYSCALLS), [ending]);
+    }
+
+    #[test]
+    fn socket_pairs_are_of_unix_streams_alone() {
+        let calls = calls(Main).unwrap();
+        let [pair] = calls[&libc::SYS_socketpair].as_slice() else {
+            panic!("one rule");
+        };
+        let is = |argument, value: i32| {
+            let value = u64::from(value as u32);
+            let length = SeccompCmpArgLen::Dword;
+            SeccompCondition::new(argument, length, SeccompCmpOp::Eq, value).unwrap()
+        };
+        let stream = is(1, libc::SOCK_STREAM | libc::SOCK_CLOEXEC);
+        let wanted = SeccompRule::new(vec![is(0, libc::AF_UNIX), stream]).unwrap();
+        assert_eq!(*pair, wanted);
     }
 }

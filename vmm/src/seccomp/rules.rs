@@ -4,14 +4,15 @@
 use super::{Rule, Test, When};
 use capsid_devices::net::TAP_SET_OFFLOAD;
 use libc::{
-    AF_UNIX, F_DUPFD_CLOEXEC, F_GETFD, F_GETFL, F_SETFL, FIONBIO, PROT_EXEC, SOL_SOCKET, SYS_brk,
-    SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait, SYS_eventfd2,
-    SYS_exit, SYS_exit_group, SYS_fcntl, SYS_fstat, SYS_futex, SYS_getpid, SYS_getrandom,
-    SYS_getsockopt, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register, SYS_ioctl, SYS_lseek,
-    SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_ppoll, SYS_read, SYS_readv,
-    SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask, SYS_rt_sigreturn,
-    SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_sigaltstack, SYS_socketpair,
-    SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
+    AF_UNIX, F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, FIONBIO, FUTEX_CLOCK_REALTIME, FUTEX_PRIVATE_FLAG,
+    FUTEX_WAIT, FUTEX_WAIT_BITSET, FUTEX_WAKE, PROT_EXEC, SOCK_CLOEXEC, SOCK_STREAM, SOL_SOCKET,
+    SYS_brk, SYS_clock_gettime, SYS_close, SYS_epoll_ctl, SYS_epoll_pwait, SYS_epoll_wait,
+    SYS_eventfd2, SYS_exit, SYS_exit_group, SYS_fcntl, SYS_fstat, SYS_futex, SYS_getpid,
+    SYS_getrandom, SYS_getsockopt, SYS_gettid, SYS_io_uring_enter, SYS_io_uring_register,
+    SYS_ioctl, SYS_lseek, SYS_madvise, SYS_mmap, SYS_mprotect, SYS_mremap, SYS_munmap, SYS_ppoll,
+    SYS_read, SYS_readv, SYS_recvfrom, SYS_recvmsg, SYS_restart_syscall, SYS_rt_sigprocmask,
+    SYS_rt_sigreturn, SYS_sched_yield, SYS_sendmsg, SYS_sendto, SYS_shutdown, SYS_sigaltstack,
+    SYS_socketpair, SYS_tgkill, SYS_timerfd_settime, SYS_write, SYS_writev,
 };
 
 /// `KVM_IOEVENTFD`.
@@ -37,25 +38,46 @@ const fn always(call: i64) -> Rule {
 }
 
 macro_rules! when {
-    ($call:expr, $argument:literal, $test:expr) => {
+    ($call:expr, $($argument:literal, $test:expr),+) => {
         Rule {
             call: $call,
-            when: &[When {
+            when: &[$(When {
                 argument: $argument,
                 test: $test,
-            }],
+            }),+],
         }
     };
 }
 
-/// Memory, locks, time, the end of a thread and of the process; wake-ups and messages to KVM; output.
+/// One operation of futex(2). Whether the word is shared, and by which clock a wait is timed, differs from one C library to
+/// the next.
+const fn futex(operation: i32) -> Test {
+    let either = (FUTEX_PRIVATE_FLAG | FUTEX_CLOCK_REALTIME) as u32;
+    Test::IsApartFrom(operation as u32, either)
+}
+
+/// What a thread of any kind may do only like this, and the end of the process, which a panic on any thread is.
 pub(super) const EVERY_THREAD: &[Rule] = &[
+    always(SYS_exit_group),
+    // Locks, conditions and joins wait and wake. Requeueing and priority inheritance, where the kernel had most of its holes
+    // in futexes, are nobody's.
+    when!(SYS_futex, 1, futex(FUTEX_WAIT)),
+    when!(SYS_futex, 1, futex(FUTEX_WAIT_BITSET)),
+    when!(SYS_futex, 1, futex(FUTEX_WAKE)),
+    // Memory is never code.
+    when!(SYS_mmap, 2, Test::Lacks(PROT_EXEC as u32)),
+    when!(SYS_mprotect, 2, Test::Lacks(PROT_EXEC as u32)),
+    // Asked of each descriptor that is closed, in builds with debug assertions alone.
+    #[cfg(debug_assertions)]
+    when!(SYS_fcntl, 1, Test::Is(libc::F_GETFD as u32)),
+];
+
+/// The main thread and those of vCPUs: memory, time, the end of a thread; wake-ups and messages to KVM; output.
+pub(super) const MAIN_AND_VCPU: &[Rule] = &[
     always(SYS_brk),
     always(SYS_clock_gettime),
     always(SYS_close),
     always(SYS_exit),
-    always(SYS_exit_group),
-    always(SYS_futex),
     always(SYS_getpid),
     always(SYS_getrandom),
     always(SYS_gettid),
@@ -67,9 +89,6 @@ pub(super) const EVERY_THREAD: &[Rule] = &[
     always(SYS_rt_sigreturn),
     always(SYS_sched_yield),
     always(SYS_sigaltstack),
-    // Memory is never code.
-    when!(SYS_mmap, 2, Test::Lacks(PROT_EXEC as u32)),
-    when!(SYS_mprotect, 2, Test::Lacks(PROT_EXEC as u32)),
     // Eventfds, the serial port's fd, stderr.
     always(SYS_ppoll),
     always(SYS_read),
@@ -77,7 +96,6 @@ pub(super) const EVERY_THREAD: &[Rule] = &[
     // A device is activated on the thread of the vCPU that asked for it, and watches its queues from there.
     always(SYS_epoll_ctl),
     always(SYS_eventfd2),
-    when!(SYS_fcntl, 1, Test::Is(F_GETFD as u32)),
     when!(SYS_ioctl, 1, Test::Is(KVM_SIGNAL_MSI)),
 ];
 
@@ -88,12 +106,24 @@ pub(super) const VCPU: &[Rule] = &[
     when!(SYS_ioctl, 1, Test::Is(TAP_SET_OFFLOAD)),
 ];
 
+/// A share's thread, beside [`capsid_devices::fs::FS_SYSCALLS`].
+pub(super) const FILE_SYSTEM: &[Rule] = &[
+    // Its interrupts.
+    when!(SYS_ioctl, 1, Test::Is(KVM_SIGNAL_MSI)),
+];
+
 /// The main thread.
 pub(super) const MAIN: &[Rule] = &[
     always(SYS_epoll_pwait),
     always(SYS_epoll_wait),
     // Connections of the guest: both ends are made here, one goes to the owner.
-    when!(SYS_socketpair, 0, Test::Is(AF_UNIX as u32)),
+    when!(
+        SYS_socketpair,
+        0,
+        Test::Is(AF_UNIX as u32),
+        1,
+        Test::Is((SOCK_STREAM | SOCK_CLOEXEC) as u32)
+    ),
     // The kind of a socket that the owner sent; only asked for once, when it comes.
     when!(SYS_getsockopt, 1, Test::Is(SOL_SOCKET as u32)),
     // The deadlines of half-open connections.
@@ -127,6 +157,6 @@ pub(super) const MAIN: &[Rule] = &[
     when!(SYS_ioctl, 1, Test::Is(TUNGETIFF)),
     when!(SYS_ioctl, 1, Test::Is(TUNSETVNETHDRSZ)),
     when!(SYS_ioctl, 1, Test::Is(TAP_SET_OFFLOAD)),
-    // Stopping the vCPU threads.
-    when!(SYS_tgkill, 0, Test::IsOwnPid),
+    // Stopping the vCPU threads, by that signal and no other.
+    when!(SYS_tgkill, 0, Test::IsOwnPid, 2, Test::IsWakeUp),
 ];

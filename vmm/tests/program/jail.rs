@@ -222,7 +222,7 @@ fn on_a_host_without_io_uring_the_threads_of_the_disks_are_jailed_as_well() {
     let no_rings = SeccompFilter::new(
         BTreeMap::from([(libc::SYS_io_uring_setup, Vec::new())]),
         SeccompAction::Allow,
-        SeccompAction::Errno(libc::EPERM.cast_unsigned()),
+        SeccompAction::Errno(libc::EPERM as u32),
         TargetArch::x86_64,
     );
     let no_rings = BpfProgram::try_from(no_rings.unwrap()).unwrap();
