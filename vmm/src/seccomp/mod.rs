@@ -73,10 +73,14 @@ enum Test {
 /// # Errors
 /// A rule makes no sense.
 pub fn compile(kind: ThreadKind) -> Result<Filter, FilterError> {
+    compile_with(kind, SeccompAction::KillProcess)
+}
+
+fn compile_with(kind: ThreadKind, otherwise: SeccompAction) -> Result<Filter, FilterError> {
     let failed = |cause| FilterError::Compile(kind, cause);
     let filter = SeccompFilter::new(
         calls(kind).map_err(failed)?,
-        SeccompAction::KillProcess,
+        otherwise,
         SeccompAction::Allow,
         TargetArch::x86_64,
     );
@@ -137,7 +141,11 @@ pub fn confine(filter: &Filter) -> Result<(), FilterError> {
 mod tests {
     use super::ThreadKind::{Disk, FileSystem, Main, Vcpu};
     use super::*;
+    use rustix::io::Errno;
+    use rustix::net::{self, AddressFamily, SocketFlags, SocketType};
+    use rustix::process::Pid;
     use std::collections::BTreeSet;
+    use std::io;
 
     #[test]
     fn all_filters_compile_to_bounded_programs() {
@@ -186,5 +194,66 @@ mod tests {
         let stream = is(1, libc::SOCK_STREAM | libc::SOCK_CLOEXEC);
         let wanted = SeccompRule::new(vec![is(0, libc::AF_UNIX), stream]).unwrap();
         assert_eq!(*pair, wanted);
+    }
+
+    type Act = (&'static str, fn() -> io::Result<()>);
+
+    /// What no thread of ours may do, each in a way that harms nobody where it is not refused.
+    const FORBIDDEN: [Act; 8] = [
+        ("open a socket", || {
+            let socket = net::socket(AddressFamily::INET, SocketType::STREAM, None);
+            Ok(socket.map(drop)?)
+        }),
+        ("make a pair of datagram sockets", || {
+            let flags = SocketFlags::CLOEXEC;
+            let pair = net::socketpair(AddressFamily::UNIX, SocketType::DGRAM, flags, None);
+            Ok(pair.map(drop)?)
+        }),
+        ("start a process", || {
+            std::process::Command::new("true").status().map(drop)
+        }),
+        ("unmount", || {
+            let flags = rustix::mount::UnmountFlags::empty();
+            Ok(rustix::mount::unmount("/dev/null", flags)?)
+        }),
+        ("enter a namespace", || {
+            let uts = nix::sched::CloneFlags::CLONE_NEWUTS;
+            Ok(nix::sched::unshare(uts)?)
+        }),
+        ("reach another process", || {
+            Ok(rustix::process::test_kill_process(Pid::INIT)?)
+        }),
+        ("change its user", || {
+            let root = rustix::thread::Uid::ROOT;
+            Ok(rustix::thread::set_thread_res_uid(root, root, root)?)
+        }),
+        ("change what it is allowed", || {
+            Ok(rustix::thread::set_no_new_privs(true)?)
+        }),
+    ];
+    /// What only the threads of shares may do.
+    const OPEN: Act = ("open a path", || {
+        std::fs::File::open("/proc/self/status").map(drop)
+    });
+
+    #[test]
+    fn each_kind_of_thread_is_refused_each_forbidden_act() {
+        // The real filters end the process, which would be this one.
+        const REFUSED: Errno = Errno::UCLEAN;
+        for kind in [Main, Vcpu, FileSystem, Disk] {
+            let refusal = SeccompAction::Errno(REFUSED.raw_os_error() as u32);
+            let filter = compile_with(kind, refusal).unwrap();
+            let acts = || FORBIDDEN.into_iter().chain([OPEN]);
+            let confined = std::thread::spawn(move || {
+                confine(&filter).unwrap();
+                acts().map(|(what, act)| (what, act())).collect::<Vec<_>>()
+            });
+            for (what, result) in confined.join().unwrap() {
+                let error = result.err().and_then(|error| error.raw_os_error());
+                let refused = error == Some(REFUSED.raw_os_error());
+                let may = kind == FileSystem && what == OPEN.0;
+                assert_eq!(refused, !may, "{kind:?}: {what}: {error:?}");
+            }
+        }
     }
 }
