@@ -15,6 +15,9 @@ use crate::toolchain::{self, ToolchainError};
 /// Explicit, so that the flags below do not reach build scripts.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 const FLAGS: &str = "-C target-feature=+crt-static";
+/// Those of the bare-metal guest. No vector instructions: a KVM without hardware emulates what that guest does, and knows few of them.
+/// Its arithmetic is of integers alone, so the ABI of which rustc warns is not in question.
+const BARE_FLAGS: &str = "-C target-feature=+crt-static,-sse,-sse2";
 /// What building them needs beside cargo.
 pub const PACKAGES: [Package; 3] = [any("gcc"), any("libc6-dev"), any("libseccomp-dev")];
 /// Where Debian keeps the static libraries of C.
@@ -48,6 +51,11 @@ pub const AGENT: Program = Program {
 pub const DOOR: Program = Program {
     package: "capsid-testbed-door",
     name: "testbed-door",
+};
+/// The guest that abuses the VMM's devices; a guest's kernel only as [`build_hostile_guest`] builds it.
+const HOSTILE_GUEST: Program = Program {
+    package: "capsid-hostile-guest",
+    name: "hostile-guest",
 };
 
 /// A test target of the workspace.
@@ -116,6 +124,34 @@ pub fn build(
     profile: Profile,
     programs: &[Program],
 ) -> Result<Vec<PathBuf>, ProgramsError> {
+    run_build(
+        progress,
+        cargo_build(workspace, profile, programs),
+        programs,
+    )?;
+    built(workspace, profile, programs)
+}
+
+/// Builds the guest that abuses the VMM's devices and returns its path.
+///
+/// # Errors
+/// It does not build.
+pub fn build_hostile_guest(
+    progress: &Progress,
+    workspace: &Path,
+) -> Result<Vec<PathBuf>, ProgramsError> {
+    let (profile, programs) = (Profile::Release, [HOSTILE_GUEST]);
+    let mut command = cargo_build(workspace, profile, &programs);
+    command.env("RUSTFLAGS", BARE_FLAGS);
+    run_build(progress, command, &programs)?;
+    built(workspace, profile, &programs)
+}
+
+fn run_build(
+    progress: &Progress,
+    mut command: Command,
+    programs: &[Program],
+) -> Result<(), ProgramsError> {
     toolchain::ensure(progress)?;
     ensure(progress, "building the programs", &PACKAGES)?;
     let names = programs
@@ -124,8 +160,16 @@ pub fn build(
         .collect::<Vec<_>>()
         .join(", ");
     progress.step(&format!("programs {names}"), |step| {
-        Ok::<_, ProgramsError>(step.run(&mut cargo_build(workspace, profile, programs))?)
-    })?;
+        Ok(step.run(&mut command)?)
+    })
+}
+
+/// Where they are.
+fn built(
+    workspace: &Path,
+    profile: Profile,
+    programs: &[Program],
+) -> Result<Vec<PathBuf>, ProgramsError> {
     let dir = target_dir(workspace).join(TARGET).join(profile.dir());
     let paths: Vec<PathBuf> = programs
         .iter()

@@ -293,10 +293,13 @@ impl Running {
                 "no {text:?}: {:?}",
                 contents(&self.serial)
             );
-            assert!(
-                self.child.try_wait().unwrap().is_none(),
-                "the VMM ended early"
-            );
+            if let Some(status) = self.child.try_wait().unwrap() {
+                let mut stderr = String::new();
+                let mut pipe = self.child.stderr.take().unwrap();
+                pipe.read_to_string(&mut stderr).unwrap();
+                let said = contents(&self.serial);
+                panic!("the VMM ended early with {status}: {stderr}; {said:?}");
+            }
             std::thread::yield_now();
         }
     }

@@ -4,6 +4,7 @@
 mod control;
 mod guests;
 mod harness;
+mod hostile;
 mod jail;
 mod owner;
 mod refusals;

@@ -83,7 +83,11 @@ pub(super) fn vmm(
     filters: &[String],
 ) -> Result<Count, Box<dyn Error>> {
     let place = choose(context.progress, on);
-    let tests = Tests::build(context, VMM, Artifacts::default())?;
+    let mut artifacts = Artifacts::default();
+    for guest in programs::build_hostile_guest(context.progress, context.workspace)? {
+        artifacts.add(Some("CAPSID_HOSTILE_GUEST"), guest, "lib/hostile-guest");
+    }
+    let tests = Tests::build(context, VMM, artifacts)?;
     run(context, &tests, place, filters)
 }
 

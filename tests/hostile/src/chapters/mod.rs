@@ -1,0 +1,125 @@
+//! The chapters: what is the same for every virtio device (`registers`, `negotiation`, `settings`,
+//! `rings`), and one file for what only one device has.
+
+mod negotiation;
+mod registers;
+mod rings;
+mod rng;
+mod settings;
+
+use crate::pci::Function;
+use crate::report::{At, Outcome, Why, chapter, say};
+use crate::ring::Ring;
+use crate::virtio::Device;
+use crate::{cpu, pci};
+
+/// Entries of the queues that an honest driver makes: no queue is smaller.
+const QUEUE_SIZE: u16 = 8;
+
+/// A driver that means well: how a device is brought up and asked something, before and after it was abused.
+pub(crate) trait Honest {
+    /// Its device.
+    fn device(&self) -> Device;
+
+    /// Which of its features the driver uses, besides those of the transport.
+    fn features(&self) -> u64;
+
+    /// The queues, which the device sees from [`Honest::up`] on.
+    fn rings(&mut self) -> &mut [Ring];
+
+    /// The queue whose chains the driver breaks: one that the device serves when it is notified.
+    fn victim(&mut self) -> &mut Ring {
+        &mut self.rings()[0]
+    }
+
+    /// A request, and whether its answer is right. Anything that it needs in a queue, it puts there.
+    fn ask(&mut self) -> Outcome;
+
+    /// Resets the device and brings it up with empty queues and `features` of the transport.
+    fn up(&mut self, features: u64) -> Outcome {
+        let (device, features) = (self.device(), self.features() | features);
+        device.negotiate(features)?;
+        for ring in self.rings() {
+            *ring = Ring::new(ring.number, ring.size);
+            device.queue(ring);
+        }
+        device.go()
+    }
+
+    /// Whether it is as new.
+    fn recovers(&mut self) -> Outcome {
+        self.up(0)?;
+        self.ask()
+    }
+}
+
+/// Empty queues with these numbers.
+fn queues<const N: usize>() -> [Ring; N] {
+    core::array::from_fn(|number| Ring::new(number as u16, QUEUE_SIZE))
+}
+
+/// Something that a chapter does, by the chapter's name.
+type Named<H> = (&'static str, fn(&mut H) -> Outcome);
+
+/// Plays the chapters of one device, and then sleeps; the host measures the VMM at `ready` and from `idle` on.
+pub(crate) fn play(name: &[u8]) {
+    match name {
+        b"rng" => with(rng::Rng::new(), &rng::CHAPTERS),
+        _ => say(format_args!("there are no such chapters")),
+    }
+}
+
+fn with<H: Honest>(subject: Outcome<H>, chapters: &[Named<H>]) {
+    let mut subject = match subject {
+        Ok(subject) => subject,
+        Err(why) => return chapter("the device", Err(why)),
+    };
+    chapter("an honest request at first", subject.recovers());
+    say(format_args!("ready"));
+    for (name, play) in chapters {
+        let outcome = play(&mut subject);
+        let after = subject.recovers().at("an honest request after it", 0);
+        chapter(name, outcome.and(after));
+    }
+    say(format_args!("idle"));
+    cpu::halt()
+}
+
+/// Ends the machine.
+pub(crate) fn power_off() -> ! {
+    const SHUTDOWN: u8 = 4;
+    if let Ok(pvpanic) = Function::find(0x1b36, 0x0011) {
+        pvpanic.write(pci::COMMAND, pci::COMMAND_ON);
+        cpu::store(pvpanic.bar(), SHUTDOWN);
+    }
+    cpu::halt()
+}
+
+/// The chapters that every virtio device has, and then its own.
+macro_rules! chapters_of {
+    ($honest:ty, $own:expr) => {{
+        use super::*;
+        const OWN: &[Named<$honest>] = $own;
+        const COMMON: [Named<$honest>; 6] = [
+            ("registers of any width and offset", registers::play),
+            ("features and the status in any order", negotiation::play),
+            ("settings that are no queue", settings::bad),
+            ("settings after activation", settings::late),
+            ("what is no chain", rings::direct),
+            ("indirect tables that are none", rings::indirect),
+        ];
+        let mut all = [COMMON[0]; 6 + OWN.len()];
+        let mut at = 0;
+        while at < all.len() {
+            all[at] = if at < 6 { COMMON[at] } else { OWN[at - 6] };
+            at += 1;
+        }
+        all
+    }};
+}
+use chapters_of;
+
+/// Nothing that the device says at all.
+fn impossible<T>(what: &'static str) -> Outcome<T> {
+    Err(Why::new(what))
+}
