@@ -2,10 +2,11 @@
 //! answered; here is seen to that the VMM lives, did not grow, does not spin, and ends when
 //! it is told to.
 
-use crate::harness::{Running, Vmm, can_run};
+use crate::harness::{Running, Vmm, can_run, inherited};
 use capsid_protocol::exit::VmmExit;
 use rustix::process::Signal;
 use std::fs::{read_dir, read_to_string};
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -136,4 +137,24 @@ fn the_entropy_device_bears_a_hostile_driver() {
     };
     let own = ["buffers without end", "buffers that cannot be filled"];
     assert_eq!(play(Vmm::new(&guest), "rng"), chapters(&own));
+}
+
+#[test]
+fn a_disk_bears_a_hostile_driver() {
+    const DISK_BYTES: u64 = 1 << 20;
+    let Some(guest) = guest("a_disk_bears_a_hostile_driver") else {
+        return;
+    };
+    let disk = inherited(b"");
+    disk.set_len(DISK_BYTES).unwrap();
+    let mut vmm = Vmm::new(&guest);
+    vmm.more = format!(r#","disks":[{{"id":"hostile","fd":{}}}]"#, disk.as_raw_fd());
+    let own = [
+        "sectors that are not there",
+        "ranges that are none",
+        "the same head twice in flight",
+        "resets with requests in flight",
+    ];
+    assert_eq!(play(vmm, "blk"), chapters(&own));
+    assert_eq!(disk.metadata().unwrap().len(), DISK_BYTES);
 }

@@ -1,6 +1,7 @@
 //! The chapters: what is the same for every virtio device (`registers`, `negotiation`, `settings`,
 //! `rings`), and one file for what only one device has.
 
+mod blk;
 mod negotiation;
 mod registers;
 mod rings;
@@ -64,6 +65,7 @@ type Named<H> = (&'static str, fn(&mut H) -> Outcome);
 /// Plays the chapters of one device, and then sleeps; the host measures the VMM at `ready` and from `idle` on.
 pub(crate) fn play(name: &[u8]) {
     match name {
+        b"blk" => with(blk::Blk::new(), &blk::CHAPTERS),
         b"rng" => with(rng::Rng::new(), &rng::CHAPTERS),
         _ => say(format_args!("there are no such chapters")),
     }
