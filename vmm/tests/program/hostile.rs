@@ -158,3 +158,17 @@ fn a_disk_bears_a_hostile_driver() {
     assert_eq!(play(vmm, "blk"), chapters(&own));
     assert_eq!(disk.metadata().unwrap().len(), DISK_BYTES);
 }
+
+#[test]
+fn configuration_space_and_ports_bear_a_hostile_guest() {
+    let Some(guest) = guest("configuration_space_and_ports_bear_a_hostile_guest") else {
+        return;
+    };
+    let all = [
+        "an honest request at first: ok",
+        "configuration space of any width and offset: ok",
+        "pvpanic of any width and offset: ok",
+        "ports of nobody: ok",
+    ];
+    assert_eq!(play(Vmm::new(&guest), "machine"), all);
+}

@@ -1,7 +1,9 @@
 //! The chapters: what is the same for every virtio device (`registers`, `negotiation`, `settings`,
-//! `rings`), and one file for what only one device has.
+//! `rings`), and one file for what only one device has;
+//! `machine` is about all that is no virtio device.
 
 mod blk;
+mod machine;
 mod negotiation;
 mod registers;
 mod rings;
@@ -66,6 +68,7 @@ type Named<H> = (&'static str, fn(&mut H) -> Outcome);
 pub(crate) fn play(name: &[u8]) {
     match name {
         b"blk" => with(blk::Blk::new(), &blk::CHAPTERS),
+        b"machine" => with(rng::Rng::new(), &machine::CHAPTERS),
         b"rng" => with(rng::Rng::new(), &rng::CHAPTERS),
         _ => say(format_args!("there are no such chapters")),
     }
