@@ -325,9 +325,9 @@ fn a_running_vmm_holds_exactly_these_fds_and_no_environment() {
         ("eventpoll", 1),
         ("signalfd", 1),
         ("timerfd", 1),
-        // The end of the VM, the serial port's interrupt, vsock that has room again, completions of the disks; and one for each
-        // queue: 1 of rng, 3 of vsock, 1 of the disk, 2 of the share.
-        ("eventfd", 4 + 7),
+        // The end of the VM, the serial port's interrupt, vsock that has room again, completions of the disks, a pause that is reached;
+        // and one for each queue: 1 of rng, 3 of vsock, 5 of the balloon, 1 of the disk, 2 of the share.
+        ("eventfd", 5 + 12),
         ("io_uring", ring),
         // The tree that the owner gave, the share's root in it, and where the share's threads find their own descriptors.
         ("root of a share", 2),
