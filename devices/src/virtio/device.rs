@@ -89,8 +89,8 @@ pub enum DeviceError {
 
 /// A virtio device behind the transport.
 ///
-/// `activate` and `reset` alternate; the transport never calls `activate` twice without a completed
-/// `reset` between.
+/// The transport never calls `activate` twice without a completed `reset` between. A `reset` also comes where the queues were
+/// refused before the device heard of an activation.
 pub trait VirtioDevice: Send {
     /// Device type (virtio 1.2 section 5).
     fn device_type(&self) -> u16;
