@@ -3,11 +3,10 @@
 
 use crate::end::Ends;
 use crate::kvm::KvmError;
-use crate::kvm::irq::Messages;
 use crate::kvm::vm::Vm;
 use crate::layout;
 use crate::machine::machine_events;
-use crate::slots::{Label, LaterBars, Slots, WINDOW_BYTES, WINDOWS};
+use crate::slots::{Label, LaterBars, Slots, WINDOW_BYTES, WINDOWS, transport};
 use crate::vcpus::Buses;
 use capsid_devices::GuestMemory;
 use capsid_devices::bus::{Bus, BusDevice, BusError};
@@ -146,20 +145,11 @@ impl<'a> Board<'a> {
         device: Box<dyn VirtioDevice>,
     ) -> Result<(), BoardError> {
         let (place, address) = self.place();
-        // One vector a queue and one for the configuration.
-        let vectors = device.queue_sizes().len() as u16 + 1;
-        let routes = Arc::new(Messages::new(self.vm.clone(), vectors));
-        let transport = VirtioPci::new(
-            label.kind,
-            device,
-            Arc::clone(self.memory),
-            routes,
-            BarAddress::InRegister(address),
-        )?;
+        let bar = BarAddress::InRegister(address);
+        let transport = transport(self.vm, self.memory, label.kind, device, bar)?;
         for notify in transport.notify_addresses() {
             self.vm.add_ioeventfd(notify.address, &notify.kick)?;
         }
-        let transport = Arc::new(transport);
         self.virtio.push((label, place, Arc::clone(&transport)));
         self.add_function(
             place,

@@ -16,7 +16,7 @@ use capsid_devices::bus::BusDevice;
 use capsid_devices::net::Link;
 use capsid_devices::pci::{FUNCTIONS, PciRoot, Place, SLOTS};
 use capsid_devices::virtio::device::VirtioDevice;
-use capsid_devices::virtio::pci::{BarAddress, InUse, NotifyAddress, VirtioPci};
+use capsid_devices::virtio::pci::{BarAddress, InUse, NotifyAddress, TransportError, VirtioPci};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -175,12 +175,8 @@ impl Slots {
         let place = free_place(later.first_slot, &taken).ok_or(BoardError::Full)?;
         let window = later.free().ok_or(BoardError::Full)?;
         let address = layout::PCI_WINDOW + window as u64 * WINDOW_BYTES;
-        let vectors = device.queue_sizes().len() as u16 + 1;
-        let routes = Arc::new(Messages::new(self.vm.clone(), vectors));
-        let memory = Arc::clone(&self.memory);
         let bar = BarAddress::Fixed(address);
-        let transport = VirtioPci::new(label.kind, device, memory, routes, bar)?;
-        let transport = Arc::new(transport);
+        let transport = transport(&self.vm, &self.memory, label.kind, device, bar)?;
         let kicks = Kicks::new(&self.vm, &transport)?;
         later.insert(window, transport.clone());
         if let Err(taken) = self.pci.insert(place, transport.clone()) {
@@ -223,6 +219,24 @@ impl Slots {
         drop(device);
         Ok(())
     }
+}
+
+/// Puts a device behind a transport of this VM.
+///
+/// # Errors
+/// See [`TransportError`].
+pub fn transport(
+    vm: &Vm,
+    memory: &GuestMemory,
+    kind: &'static str,
+    device: Box<dyn VirtioDevice>,
+    bar: BarAddress,
+) -> Result<Arc<VirtioPci>, TransportError> {
+    // One vector a queue and one for the configuration.
+    let vectors = device.queue_sizes().len() as u16 + 1;
+    let routes = Arc::new(Messages::new(vm.clone(), vectors));
+    let transport = VirtioPci::new(kind, device, Arc::clone(memory), routes, bar)?;
+    Ok(Arc::new(transport))
 }
 
 /// The first place for one more function behind those of the start: a slot of its own if there is one, else beside a function 0.

@@ -58,7 +58,7 @@ impl Link {
     pub(super) fn attach(&self, live: Live) {
         let mut state = self.lock();
         let mut server = live.server.lock().unwrap_or_else(PoisonError::into_inner);
-        server.set_link(state.up);
+        server.begin(state.up);
         drop(server);
         state.live = Some(live);
     }

@@ -185,6 +185,11 @@ impl Server {
         self.control = None;
     }
 
+    /// The cable is plugged or not as the card begins. Nothing is sent yet: a vCPU's thread, which begins it, may not.
+    pub(super) fn begin(&mut self, up: bool) {
+        self.up = up;
+    }
+
     /// The cable was plugged or pulled.
     pub(super) fn set_link(&mut self, up: bool) {
         if up && !self.up {

@@ -1,6 +1,33 @@
 //! What a card does for one that does not, and under a flood.
 
 use super::*;
+
+#[test]
+fn what_is_to_be_sent_before_the_card_begins_waits_for_the_event_loop() {
+    let Some(taps) = taps_or_skip(1, MTU) else {
+        return;
+    };
+    let poller = Arc::new(Poller::new().unwrap());
+    let setup = NetSetup {
+        taps,
+        mac: MAC,
+        mtu: MTU,
+    };
+    let card = Net::new(setup, poller.clone()).expect("a card");
+    let mut driver = Driver::new(Box::new(card));
+    driver.negotiate(MRG_RXBUF | STATUS);
+    driver.setup_queue(RECEIVE, 16);
+    driver.setup_queue(TRANSMIT, 16);
+    driver.add(TRANSMIT, &[Buffer::Readable(&[0; 64])]);
+    driver.start();
+    assert_eq!(driver.status(), 0x0f);
+    assert!(
+        driver.used(TRANSMIT).is_none(),
+        "sent by the thread of a vCPU"
+    );
+    driver.kick(TRANSMIT);
+    driver.wait_used(TRANSMIT, Some(&poller));
+}
 use crate::testing::any_descriptor;
 use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
