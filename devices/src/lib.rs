@@ -22,6 +22,7 @@ pub mod pci;
 pub mod pvpanic;
 pub mod rng;
 pub mod serial;
+pub mod state;
 mod syscall;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;

@@ -8,7 +8,9 @@
 
 use crate::bus::BusDevice;
 use crate::machine::{MachineEvent, MachineEvents};
-use crate::pci::{ConfigSpace, Identity, LayoutError, PciFunction};
+use crate::pci::{ConfigSpace, ConfigState, Identity, LayoutError, PciFunction};
+use crate::state::{Foreign, Version};
+use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Length of the BAR in bytes; the VMM aligns it to this. One page, of which one byte means something.
@@ -28,6 +30,14 @@ const IDENTITY: Identity = Identity {
     subsystem_vendor: 0x1af4,
     subsystem: 0x1100,
 };
+
+/// What the guest sees of it. Plain data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PvPanicState {
+    version: Version<1>,
+    config: ConfigState,
+}
 
 /// The device: a [`PciFunction`], and on the MMIO bus the [`BusDevice`] of its BAR.
 pub struct PvPanic {
@@ -54,6 +64,22 @@ impl PvPanic {
     /// The BAR's guest-physical address.
     pub fn address(&self) -> u64 {
         self.address
+    }
+
+    /// What the guest sees.
+    pub fn state(&self) -> PvPanicState {
+        PvPanicState {
+            version: Version,
+            config: self.config().state(),
+        }
+    }
+
+    /// Takes the state of another one at the same address.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn restore(&self, state: &PvPanicState) -> Result<(), Foreign> {
+        self.config().restore(&state.config)
     }
 
     fn config(&self) -> MutexGuard<'_, ConfigSpace> {
@@ -153,6 +179,23 @@ mod tests {
         device.read(0, &mut byte);
         assert_eq!(byte, [0xff]);
         assert!(seen.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn what_the_guest_wrote_comes_back() {
+        let (old, _) = device();
+        let new = PvPanic::new(0xc000_0000, Arc::new(|_| ())).unwrap();
+        let json = serde_json::to_string(&old.state()).unwrap();
+        let state = serde_json::from_str(&json).unwrap();
+        new.restore(&state).unwrap();
+        let mut byte = [0];
+        new.read(0, &mut byte);
+        assert_eq!((new.state(), byte), (old.state(), [CAPABILITY]));
+        let bridge = crate::pci::PciRoot::new();
+        let foreign = serde_json::to_value(bridge.state()).unwrap();
+        let foreign = serde_json::json!({"version": 1, "config": foreign["bridge"]});
+        let foreign = serde_json::from_value(foreign).unwrap();
+        assert!(new.restore(&foreign).is_err());
     }
 
     #[test]

@@ -10,8 +10,8 @@ use crate::GuestMemory;
 use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
 use crate::virtio::chain::Writable;
-use crate::virtio::device::{Activation, DeviceError, Interrupt, VirtioDevice};
-use crate::virtio::queue::ActiveQueue;
+use crate::virtio::device::{Activation, DeviceError, Interrupt, SuspendError, VirtioDevice};
+use crate::virtio::queue::{ActiveQueue, Positions, positions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -64,6 +64,19 @@ impl Rng {
     }
 }
 
+impl Rng {
+    /// Takes its queue away.
+    fn stop(&mut self) -> Option<ActiveQueue> {
+        let server = self.active.take()?;
+        // Waits for a kick that is being served; after it nothing touches guest memory.
+        let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(kick) = server.kick.take() {
+            self.event_loop.forget(kick.as_raw_fd());
+        }
+        server.queue.take()
+    }
+}
+
 impl VirtioDevice for Rng {
     fn device_type(&self) -> u16 {
         DEVICE_TYPE
@@ -110,15 +123,12 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        Ok(positions(&self.stop()))
+    }
+
     fn reset(&mut self) -> Result<(), DeviceError> {
-        if let Some(server) = self.active.take() {
-            // Waits for a kick that is being served; after it nothing touches guest memory.
-            let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
-            server.queue = None;
-            if let Some(kick) = server.kick.take() {
-                self.event_loop.forget(kick.as_raw_fd());
-            }
-        }
+        self.stop();
         Ok(())
     }
 }
@@ -178,7 +188,7 @@ fn fill_block(bytes: &mut [u8]) -> rustix::io::Result<()> {
 mod tests {
     use super::*;
     use crate::event::Poller;
-    use crate::testing::{Buffer, Driver, RawDescriptor};
+    use crate::testing::{Buffer, Driver, RawDescriptor, written_down};
     use std::time::Duration;
 
     fn up() -> (Driver, Arc<Poller>) {
@@ -261,6 +271,23 @@ mod tests {
         assert!(driver.transport.take_failure().is_some());
         driver.reset();
         assert_eq!((driver.status(), poller.watched()), (0, 0));
+    }
+
+    #[test]
+    fn a_suspended_device_answers_nobody_until_it_resumes_in_whatever_process() {
+        let (mut driver, poller) = up();
+        driver.add(0, &[Buffer::Writable(16)]);
+        driver.kick(0);
+        let state = written_down(&driver);
+        assert_eq!(poller.watched(), 0);
+        poller.turn(Some(Duration::ZERO)).unwrap();
+        assert_eq!(driver.used_index(0), 0);
+        driver.transport.resume();
+        assert_eq!(driver.wait_used(0, Some(&poller)).len, 16);
+        // Another process has not seen that and answers the same.
+        driver.carry_over(Box::new(Rng::new(poller.clone())), &state);
+        poller.turn(Some(Duration::ZERO)).unwrap();
+        assert_eq!((driver.used_index(0), driver.status()), (1, 0x0f));
     }
 
     #[test]

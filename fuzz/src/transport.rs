@@ -2,8 +2,11 @@
 
 use arbitrary::{Result, Unstructured};
 use capsid_devices::testing::{Driver, Region, memory};
-use capsid_devices::virtio::device::{Activation, DeviceError, Interrupt, VirtioDevice};
+use capsid_devices::virtio::device::{
+    Activation, DeviceError, Interrupt, SuspendError, VirtioDevice,
+};
 use capsid_devices::virtio::pci::{BAR_BYTES, TRANSPORT_FEATURES};
+use capsid_devices::virtio::queue::Positions;
 use capsid_devices::virtio::state::{DeviceState, status};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -58,6 +61,11 @@ impl VirtioDevice for Probe {
         }
     }
 
+    fn suspend(&mut self) -> std::result::Result<Positions, SuspendError> {
+        self.active = false;
+        Ok(Positions::new())
+    }
+
     fn reset(&mut self) -> std::result::Result<(), DeviceError> {
         // Also where the queues were refused before it could be activated.
         if self.seen.refuse_reset.load(Ordering::Relaxed) {
@@ -77,11 +85,11 @@ pub(crate) fn run(input: &[u8]) {
     let driver = Driver::with_memory(Box::new(probe), memory(&[(0, MEMORY_BYTES)]));
     let mut input = Unstructured::new(input);
     for _ in 0..STEPS_MAX {
-        let before = driver.transport.state().device;
+        let before = driver.transport.transport_state().device;
         if input.is_empty() || step(&mut input, &driver, &seen).is_err() {
             break;
         }
-        check(&before, &driver.transport.state().device);
+        check(&before, &driver.transport.transport_state().device);
     }
     // Dropped while the last interrupt is kept: it has to do nothing then.
     drop(driver);

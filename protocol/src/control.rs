@@ -113,9 +113,10 @@ pub enum Request {
         /// All of it.
         memory_mib: MemoryMib,
     },
-    /// Halts all vCPUs. Answered when none runs.
+    /// Halts all vCPUs, then all devices. Answered when no vCPU runs, what the devices had begun is done, and nothing touches the guest's memory.
+    /// Refused, and everything runs on, if that takes too long.
     Pause,
-    /// Lets them run again.
+    /// Lets them go on.
     Resume,
     /// Ends the VM at once, without a word to the guest. The reply is the last.
     Stop,
@@ -324,7 +325,7 @@ impl From<PciAddress> for String {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunState {
-    /// Its vCPUs run.
+    /// Its vCPUs and devices work.
     Running,
     /// They do not, until [`Request::Resume`].
     Paused,

@@ -11,8 +11,10 @@ pub use serve::Attachments;
 
 use crate::end::End;
 use crate::machine::Machine;
+use crate::slots::Restless;
 use crate::vcpus::Vcpus;
 use capsid_devices::event::{EventLoop, Interest, Poller, Readiness, Subscriber};
+use capsid_devices::virtio::device::SuspendError;
 use capsid_protocol::control::{
     FRAME_TIMEOUT_MS, FrameLength, REQUEST_FDS_MAX, REQUEST_MAX_BYTES, Reply, Request,
 };
@@ -31,8 +33,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-/// How long the vCPUs may take to leave the guest when they are to pause, in ms. One may be inside a device whose reset waits for
-/// the host's disk, which is bounded by less.
+/// How long the vCPUs may take to leave the guest when they are to pause, and the devices to end what is under way, in ms. A vCPU may be
+/// inside a device whose reset waits for the host's disk, which is bounded by less.
 pub const PAUSE_TIMEOUT_MS: u64 = 3_000;
 
 /// Why the socket cannot be one.
@@ -61,7 +63,7 @@ struct Inbox {
 enum Stage {
     /// The next request may come.
     Listening,
-    /// The vCPUs were told to pause, until then.
+    /// The vCPUs were told to pause, until then, and the devices are told when they have.
     Pausing(Instant),
     /// The rest of a reply waits for room in the socket, until then.
     Replying(Vec<u8>, Instant),
@@ -150,7 +152,9 @@ impl Control {
         let late = self
             .deadline()
             .is_some_and(|deadline| deadline <= Instant::now());
-        if !self.woken.ready.swap(false, Ordering::Relaxed) && !late {
+        // Whatever woke the loop may have been the end of what a device waits for.
+        let devices = matches!(self.stage, Stage::Pausing(_)) && machine.vcpus.is_quiet();
+        if !self.woken.ready.swap(false, Ordering::Relaxed) && !late && !devices {
             return None;
         }
         // An empty counter: it was the socket.
@@ -167,7 +171,7 @@ impl Control {
     /// other is begun.
     pub fn ends(&mut self, machine: &Machine, signal: &str) {
         self.attachments.ends = true;
-        machine.vcpus.resume();
+        machine.resume();
         if let Stage::Pausing(_) = self.stage {
             let why = format!("{signal} came: the VM is to end");
             self.reply(&Reply::Refused { why }, machine);
@@ -187,23 +191,34 @@ impl Control {
                 self.send(rest, until, machine);
                 None
             }
-            Stage::Pausing(_) if machine.vcpus.is_quiet() => {
-                self.reply(&Reply::Done, machine);
-                None
-            }
-            Stage::Pausing(_) if late => {
-                machine.vcpus.resume();
-                let why = format!("a vCPU did not leave the guest within {PAUSE_TIMEOUT_MS} ms");
-                self.reply(&Reply::Refused { why }, machine);
-                None
-            }
             Stage::Pausing(_) => {
-                if self.woken.hung_up.load(Ordering::Relaxed) {
-                    self.close(machine);
-                }
+                self.pause(machine, late);
                 None
             }
             Stage::Listening => self.listen(machine, late),
+        }
+    }
+
+    /// Goes on with a pause: when the vCPUs have left the guest, the devices end what is under way and let go of its memory.
+    fn pause(&mut self, machine: &Machine, late: bool) {
+        let why = match machine.vcpus.is_quiet() {
+            true => match machine.slots.suspend() {
+                Ok(()) => return self.reply(&Reply::Done, machine),
+                Err(Restless {
+                    cause: SuspendError::Busy,
+                    ..
+                }) if !late => None,
+                Err(restless) => Some(crate::end::in_full(&restless)),
+            },
+            false => {
+                late.then(|| format!("a vCPU did not leave the guest within {PAUSE_TIMEOUT_MS} ms"))
+            }
+        };
+        if let Some(why) = why {
+            machine.resume();
+            self.reply(&Reply::Refused { why }, machine);
+        } else if self.woken.hung_up.load(Ordering::Relaxed) {
+            self.close(machine);
         }
     }
 
@@ -283,7 +298,7 @@ impl Control {
 
     /// The owner is gone: nobody is left to end a pause.
     fn close(&mut self, machine: &Machine) {
-        machine.vcpus.resume();
+        machine.resume();
         self.poller.forget(self.socket.as_raw_fd());
         self.inbox = Inbox::default();
         self.stage = Stage::Closed;

@@ -157,6 +157,12 @@ impl Machine {
         }
     }
 
+    /// Ends a pause, or one that is on its way.
+    pub fn resume(&self) {
+        self.slots.resume();
+        self.vcpus.resume();
+    }
+
     fn ask_guest(&mut self) -> bool {
         self.power_off
             .as_mut()

@@ -13,7 +13,7 @@ use crate::machine::PowerOff;
 use crate::record::Phases;
 use capsid_devices::event::{EventLoop, Interest, Readiness, Subscriber};
 use capsid_devices::virtio::device::DeviceError;
-use capsid_devices::vsock::{HostSide, VsockDevice, VsockHandle, VsockState};
+use capsid_devices::vsock::{HostSide, VsockDevice, VsockHandle};
 use capsid_protocol::exit::VmmExit;
 use capsid_protocol::machine::GuestDial;
 use capsid_protocol::vsock::{
@@ -120,11 +120,7 @@ impl OwnerChannel {
             left: guest_may_dial.to_vec(),
             phases,
         };
-        let device = VsockDevice::new(
-            VsockState::fresh(GUEST_CID),
-            Arc::clone(&event_loop),
-            Box::new(dialer),
-        )?;
+        let device = VsockDevice::new(GUEST_CID, Arc::clone(&event_loop), Box::new(dialer))?;
         let vsock = device.handle();
         let listener = Arc::new(Mutex::new(Listener {
             socket: Arc::clone(&socket),

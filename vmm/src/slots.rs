@@ -15,7 +15,7 @@ use capsid_devices::GuestMemory;
 use capsid_devices::bus::BusDevice;
 use capsid_devices::net::Link;
 use capsid_devices::pci::{FUNCTIONS, PciRoot, Place, SLOTS};
-use capsid_devices::virtio::device::VirtioDevice;
+use capsid_devices::virtio::device::{SuspendError, VirtioDevice};
 use capsid_devices::virtio::pci::{BarAddress, InUse, NotifyAddress, TransportError, VirtioPci};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -112,6 +112,19 @@ pub enum DetachError {
     InUse(#[from] InUse),
 }
 
+/// A device does not stand still.
+#[derive(Debug, thiserror::Error)]
+#[error("{kind} {id:?} does not stand still")]
+pub struct Restless {
+    /// Its kind.
+    pub kind: &'static str,
+    /// Its name.
+    pub id: String,
+    /// Why.
+    #[source]
+    pub cause: SuspendError,
+}
+
 /// All virtio devices, and room for more.
 pub struct Slots {
     vm: Vm,
@@ -149,6 +162,31 @@ impl Slots {
     pub fn find(&self, kind: &str, id: &str) -> Option<&Slot> {
         let named = |slot: &&Slot| slot.label.kind == kind && slot.label.id == id;
         self.devices.iter().find(named)
+    }
+
+    /// Has all devices let go of guest memory, while no vCPU runs.
+    ///
+    /// # Errors
+    /// The first one that does not stand still; those before it do.
+    pub fn suspend(&self) -> Result<(), Restless> {
+        for Slot {
+            label, transport, ..
+        } in &self.devices
+        {
+            transport.suspend().map_err(|cause| Restless {
+                kind: label.kind,
+                id: label.id.clone(),
+                cause,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Has those that stand still go on.
+    pub fn resume(&self) {
+        for slot in &self.devices {
+            slot.transport.resume();
+        }
     }
 
     /// Notes a device of the start.

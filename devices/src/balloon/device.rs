@@ -5,7 +5,12 @@ use super::server::Server;
 use crate::GuestMemory;
 use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest};
-use crate::virtio::device::{Activation, DeviceError, Listener, VirtioDevice};
+use crate::state::Foreign;
+use crate::virtio::device::{
+    Activation, DeviceData, DeviceError, Listener, RestoreError, SuspendError, VirtioDevice,
+};
+use crate::virtio::queue::Positions;
+use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,6 +45,16 @@ pub struct Balloon {
 /// The balloon, as the VMM holds it. Stays valid after the device is gone. For any thread.
 #[derive(Clone)]
 pub struct BalloonHandle(Arc<Shared>);
+
+/// What a balloon knows: plain data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BalloonState {
+    /// Pages of 4 KiB that the guest was asked for.
+    target: u32,
+    /// Pages of 4 KiB that the driver says it gave.
+    actual: u32,
+}
 
 /// More pages than the guest has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -227,12 +242,43 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        self.shared.listener.set(None);
+        let active = self.active.take();
+        Ok(active.map(|active| active.positions()).unwrap_or_default())
+    }
+
+    fn data(&self) -> DeviceData {
+        DeviceData::Balloon(BalloonState {
+            target: self.shared.target.load(Ordering::Relaxed),
+            actual: self.shared.actual.load(Ordering::Relaxed),
+        })
+    }
+
+    fn restore(&mut self, data: &DeviceData) -> Result<(), RestoreError> {
+        match data {
+            DeviceData::Balloon(state) if state.target <= self.shared.max => {
+                self.shared.target.store(state.target, Ordering::Relaxed);
+                self.shared.actual.store(state.actual, Ordering::Relaxed);
+                Ok(())
+            }
+            _ => Err(Foreign("balloon").into()),
+        }
+    }
+
     fn reset(&mut self) -> Result<(), DeviceError> {
         self.shared.listener.set(None);
         // A driver that begins anew has all its pages (section 5.5.5).
         self.shared.actual.store(0, Ordering::Relaxed);
         self.active = None;
         Ok(())
+    }
+}
+
+impl Active {
+    fn positions(&self) -> Positions {
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.positions()
     }
 }
 

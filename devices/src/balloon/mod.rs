@@ -22,7 +22,7 @@ mod device;
 mod pages;
 mod server;
 
-pub use device::{Balloon, BalloonHandle, TargetTooLarge};
+pub use device::{Balloon, BalloonHandle, BalloonState, TargetTooLarge};
 
 #[cfg(test)]
 mod tests;

@@ -11,7 +11,7 @@ use crate::discard::discard;
 use crate::event::{Readiness, Subscriber};
 use crate::virtio::chain::{Buffers, Readable, Writable};
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::{ActiveQueue, ServeError};
+use crate::virtio::queue::{ActiveQueue, Positions, ServeError, positions};
 use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemory as _, VolatileSlice};
@@ -77,6 +77,15 @@ impl Server {
     pub(super) fn kicks(&self) -> Vec<(u64, Arc<EventFd>)> {
         let kicks = self.served.iter().map(|served| served.kick.clone());
         (0..).zip(kicks).collect()
+    }
+
+    /// Where it stands in its queues.
+    pub(super) fn positions(&self) -> Positions {
+        positions(
+            self.served
+                .iter()
+                .filter_map(|served| served.queue.as_ref()),
+        )
     }
 
     /// Serves nothing any more; an event that is being delivered may be of the next activation.

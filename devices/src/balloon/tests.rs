@@ -4,7 +4,7 @@ use super::server::{FRAMES_MAX, REPORT_MAX_BYTES};
 use super::{Balloon, BalloonHandle};
 use crate::GuestMemory;
 use crate::event::Poller;
-use crate::testing::{Buffer, Driver, RawDescriptor, any_descriptor, memory, sweep};
+use crate::testing::{Buffer, Driver, RawDescriptor, any_descriptor, memory, sweep, written_down};
 use proptest::prelude::*;
 use std::sync::Arc;
 use std::time::Duration;
@@ -93,6 +93,41 @@ fn report(driver: &mut Driver, poller: &Poller, queue: u16, ranges: &[(u64, u32)
     driver.add_raw(queue, 0, &reported(ranges));
     driver.kick(queue);
     driver.wait_used(queue, Some(poller));
+}
+
+#[test]
+fn a_balloon_is_as_full_after_a_suspension_and_in_another_process() {
+    let (mut driver, handle, poller) = up(&[INFLATE, DEFLATE]);
+    handle.set_target(20).unwrap();
+    driver.write(driver.config, 4, 4, 12);
+    send(&mut driver, &poller, INFLATE, &[3001]);
+    let state = written_down(&driver);
+    assert_eq!(poller.watched(), 0);
+    driver.transport.resume();
+    assert_eq!((handle.target(), handle.actual()), (20, 12));
+    send(&mut driver, &poller, INFLATE, &[3002]);
+    let state_now = written_down(&driver);
+    assert_ne!(state_now, state);
+    let balloon = Balloon::new(driver.memory(), poller.clone());
+    let handle = balloon.handle();
+    driver.carry_over(Box::new(balloon), &state_now);
+    assert_eq!((handle.target(), handle.actual()), (20, 12));
+    send(&mut driver, &poller, DEFLATE, &[3002]);
+    // A new target is told to the driver that came with the state.
+    let before = driver.config_interrupts();
+    handle.set_target(1).unwrap();
+    assert_eq!(driver.config_interrupts(), before + 1);
+}
+
+#[test]
+fn a_target_beyond_the_guest_s_memory_is_not_taken_over() {
+    let (driver, _, poller) = up(&[INFLATE, DEFLATE]);
+    let mut json = serde_json::to_value(written_down(&driver)).unwrap();
+    json["data"]["balloon"]["target"] = u32::MAX.into();
+    let state = serde_json::from_value(json).unwrap();
+    let balloon = Balloon::new(driver.memory(), poller);
+    let other = Driver::with_memory(Box::new(balloon), regions());
+    assert!(other.transport.restore(&state).is_err());
 }
 
 #[test]

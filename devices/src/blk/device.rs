@@ -8,7 +8,8 @@ use super::request::{
 use super::server::{DiskCounters, Results, Server, Terms, lock, wait_until_idle};
 use crate::counters::Counters;
 use crate::event::{EventLoop, Interest};
-use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
+use crate::virtio::device::{Activation, DeviceError, SuspendError, VirtioDevice};
+use crate::virtio::queue::Positions;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -238,6 +239,20 @@ impl VirtioDevice for Disk {
             active.kicks.push(kick);
         }
         Ok(())
+    }
+
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        let Some(active) = &self.active else {
+            return Ok(Positions::new());
+        };
+        let server = lock(&active.server);
+        if !server.is_idle() {
+            return Err(SuspendError::Busy);
+        }
+        let positions = server.positions();
+        drop(server);
+        self.active = None;
+        Ok(positions)
     }
 
     /// Ends within [`RESET_TIMEOUT_MS`] whatever the host's disk does. If a request is under way even then, the device is of

@@ -12,7 +12,7 @@ use crate::counters::counters;
 use crate::event::{Readiness, Subscriber};
 use crate::virtio::chain::Buffers;
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::{ActiveQueue, Broken};
+use crate::virtio::queue::{ActiveQueue, Broken, Positions, positions};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -197,6 +197,11 @@ impl Server {
     /// Whether no request is under way.
     pub(super) fn is_idle(&self) -> bool {
         self.in_flight.len() == self.free.len()
+    }
+
+    /// Where it stands in its queues.
+    pub(super) fn positions(&self) -> Positions {
+        positions(self.lanes.iter().flatten().map(|lane| &lane.queue))
     }
 
     /// Takes requests off a queue: as many as it is long, then others get their turn.

@@ -5,8 +5,13 @@ use super::server::Server;
 use super::session::FdBudget;
 use super::threads::Pool;
 use crate::counters::Counters;
-use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
+use crate::state::Foreign;
+use crate::virtio::device::{
+    Activation, DeviceData, DeviceError, RestoreError, SuspendError, VirtioDevice,
+};
+use crate::virtio::queue::Positions;
 use nix::sys::signal::SigSet;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, mpsc};
@@ -27,6 +32,8 @@ pub const SHARE_THREADS: usize = 4;
 const THREAD_STACK_BYTES: usize = 256 * 1024;
 /// How long a reset waits for requests that the host's file system holds up.
 const RESET_TIMEOUT_MS: u64 = 2_000;
+/// How long a suspension waits for them.
+const SUSPEND_TIMEOUT_MS: u64 = 1_000;
 /// How long dropping the device waits for its threads.
 const EXIT_TIMEOUT_MS: u64 = 500;
 /// The least descriptors with which a share works, and the most that it keeps for nodes.
@@ -54,6 +61,14 @@ pub struct ShareSetup {
     pub fd_budget: usize,
     /// Called on each thread last.
     pub seal: Seal,
+}
+
+/// What a share knows: plain data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareState {
+    /// The guest has mounted it, so it knows files by numbers that mean something in this process alone.
+    mounted: bool,
 }
 
 /// Why a share could not be started. Then no thread of it is left.
@@ -315,6 +330,30 @@ impl VirtioDevice for VirtioFs {
                 what: "make an eventfd for a share",
                 cause,
             })
+    }
+
+    /// Waits no longer than [`SUSPEND_TIMEOUT_MS`] for the host's file system.
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        let patience = Duration::from_millis(SUSPEND_TIMEOUT_MS);
+        let positions = self.pool.suspend(patience);
+        Ok(positions.map_err(|cause| DeviceError::Io {
+            what: "wait for a request that the host's file system holds up",
+            cause,
+        })?)
+    }
+
+    fn data(&self) -> DeviceData {
+        DeviceData::Share(ShareState {
+            mounted: self.pool.server().is_mounted(),
+        })
+    }
+
+    fn restore(&mut self, data: &DeviceData) -> Result<(), RestoreError> {
+        match data {
+            DeviceData::Share(ShareState { mounted: false }) => Ok(()),
+            DeviceData::Share(_) => Err(RestoreError::Mounted(self.tag.clone())),
+            _ => Err(Foreign("kind").into()),
+        }
     }
 
     /// Ends within [`RESET_TIMEOUT_MS`] whatever the host's file system does. If a request is blocked in it

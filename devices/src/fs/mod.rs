@@ -37,7 +37,8 @@ mod threads;
 
 pub use confine::{ConfineError, KEPT_CAPABILITIES};
 pub use device::{
-    FD_BUDGET_MIN, SHARE_THREADS, Seal, ShareError, ShareSetup, VirtioFs, spawn_share_threads,
+    FD_BUDGET_MIN, SHARE_THREADS, Seal, ShareError, ShareSetup, ShareState, VirtioFs,
+    spawn_share_threads,
 };
 pub use syscalls::FS_SYSCALLS;
 

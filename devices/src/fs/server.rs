@@ -71,6 +71,11 @@ impl Server {
         drop(ended);
     }
 
+    /// Whether the guest has mounted the share.
+    pub(crate) fn is_mounted(&self) -> bool {
+        self.slot().is_some()
+    }
+
     /// Serves one request; returns how many bytes were written into its buffers.
     pub(crate) fn serve(&self, buffers: &Buffers<'_>, scratch: &mut Scratch) -> u32 {
         let mut bytes = [0; abi::IN_HEADER_BYTES];

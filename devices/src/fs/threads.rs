@@ -15,7 +15,7 @@ use super::session::Scratch;
 use crate::GuestMemory;
 use crate::virtio::chain;
 use crate::virtio::device::{Activation, Interrupt};
-use crate::virtio::queue::{ActiveQueue, BrokenQueue};
+use crate::virtio::queue::{ActiveQueue, BrokenQueue, Positions};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -24,10 +24,17 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Everything that belongs to one activation.
-struct Live {
+struct Rings {
     memory: GuestMemory,
     queues: Vec<LiveQueue>,
     interrupt: Arc<dyn Interrupt>,
+    /// They are not ours any more, also for a request that is still under way.
+    gone: AtomicBool,
+}
+
+/// An activation that the threads serve until they are called away from it.
+struct Live {
+    rings: Arc<Rings>,
     /// Readable from the moment the threads must leave, for good.
     stop: EventFd,
     stopping: AtomicBool,
@@ -74,7 +81,7 @@ impl Pool {
     /// Hands live queues to the threads.
     pub(crate) fn start(&self, activation: Activation) -> std::io::Result<()> {
         let queues = activation.queues.into_iter().flatten();
-        let live = Arc::new(Live {
+        let live = Live::new(Arc::new(Rings {
             memory: activation.memory,
             queues: queues
                 .map(|queue| LiveQueue {
@@ -84,14 +91,42 @@ impl Pool {
                 })
                 .collect(),
             interrupt: activation.interrupt,
-            stop: EventFd::new(EFD_NONBLOCK)?,
-            stopping: AtomicBool::new(false),
-        });
-        let mut state = self.state();
-        state.live = Some(live);
+            gone: AtomicBool::new(false),
+        }))?;
+        self.offer(&mut self.state(), live);
+        Ok(())
+    }
+
+    fn offer(&self, state: &mut State, live: Live) {
+        state.live = Some(Arc::new(live));
         state.generation += 1;
         self.changed.notify_all();
-        Ok(())
+    }
+
+    /// Takes the queues away when each request that was taken off them has been answered; where the threads stood in them.
+    ///
+    /// # Errors
+    /// TimedOut: a request is still blocked in the host's file system. The threads serve on.
+    pub(crate) fn suspend(&self, patience: Duration) -> std::io::Result<Positions> {
+        let mut state = self.state();
+        let Some(live) = state.live.clone() else {
+            return Ok(Positions::new());
+        };
+        let again = Live::new(live.rings.clone())?;
+        state.live = None;
+        live.call_away();
+        let (mut state, timeout) = self
+            .changed
+            .wait_timeout_while(state, patience, |state| state.serving > 0)
+            .unwrap_or_else(PoisonError::into_inner);
+        if timeout.timed_out() {
+            self.offer(&mut state, again);
+            return Err(std::io::ErrorKind::TimedOut.into());
+        }
+        let queues = live.rings.queues.iter();
+        Ok(queues
+            .map(|live| (live.index, lock(&live.queue).position()))
+            .collect())
     }
 
     /// Takes the queues away again, and waits until no thread is inside a request.
@@ -161,7 +196,7 @@ impl Pool {
                 // The driver broke a ring, or this host cannot even wait for it: the others leave too, and
                 // the driver is told to reset the device.
                 live.leave();
-                live.interrupt.needs_reset();
+                live.rings.interrupt.needs_reset();
             }
             drop(live);
             self.state().serving -= 1;
@@ -227,11 +262,25 @@ impl From<std::io::Error> for Stuck {
 }
 
 impl Live {
-    /// Makes every thread leave this activation as soon as it can.
-    fn leave(&self) {
+    fn new(rings: Arc<Rings>) -> std::io::Result<Live> {
+        Ok(Live {
+            rings,
+            stop: EventFd::new(EFD_NONBLOCK)?,
+            stopping: AtomicBool::new(false),
+        })
+    }
+
+    /// Makes every thread leave when it has answered the request that it is at.
+    fn call_away(&self) {
         self.stopping.store(true, Ordering::SeqCst);
         // It can fail only because the counter is full: then it is readable, which is what it is for.
         let _full = self.stop.write(1);
+    }
+
+    /// Makes every thread leave this activation as soon as it can, without an answer.
+    fn leave(&self) {
+        self.rings.gone.store(true, Ordering::SeqCst);
+        self.call_away();
     }
 
     fn serve(&self, server: &Server, scratch: &mut Scratch) -> Result<(), Stuck> {
@@ -241,16 +290,16 @@ impl Live {
             waiter.ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0))
         };
         watch(&self.stop, EventSet::IN)?;
-        for queue in &self.queues {
+        for queue in &self.rings.queues {
             let one_thread = EventSet::IN | EventSet::EDGE_TRIGGERED | EventSet::EXCLUSIVE;
             watch(&queue.kick, one_thread)?;
         }
-        let mut events = vec![EpollEvent::default(); 1 + self.queues.len()];
+        let mut events = vec![EpollEvent::default(); 1 + self.rings.queues.len()];
         while !self.stopping.load(Ordering::SeqCst) {
             let mut found = false;
-            for queue in &self.queues {
-                if let Some(chain) = self.take(queue)? {
-                    self.serve_one(queue, chain, server, scratch)?;
+            for queue in &self.rings.queues {
+                if let Some(chain) = self.rings.take(queue)? {
+                    self.rings.serve_one(queue, chain, server, scratch)?;
                     found = true;
                     break;
                 }
@@ -265,7 +314,9 @@ impl Live {
         }
         Ok(())
     }
+}
 
+impl Rings {
     /// The next request of a queue. Whoever leaves some behind wakes another thread.
     fn take(&self, live: &LiveQueue) -> Result<Option<chain::Buffers<'_>>, Stuck> {
         let mut queue = lock(&live.queue);
@@ -299,7 +350,7 @@ impl Live {
         let written = server.serve(&Buffers::new(chain), scratch);
         let mut queue = lock(&live.queue);
         // After a reset that did not wait for this request any longer, the rings are not ours.
-        if self.stopping.load(Ordering::SeqCst) {
+        if self.gone.load(Ordering::SeqCst) {
             return Ok(());
         }
         queue.push_used(&self.memory, head, written)?;

@@ -6,7 +6,12 @@ use super::server::Server;
 use crate::GuestMemory;
 use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest};
-use crate::virtio::device::{Activation, DeviceError, Listener, VirtioDevice};
+use crate::state::Foreign;
+use crate::virtio::device::{
+    Activation, DeviceData, DeviceError, Listener, RestoreError, SuspendError, VirtioDevice,
+};
+use crate::virtio::queue::Positions;
+use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -30,6 +35,18 @@ pub struct Mem {
 /// The device, as the VMM holds it. Stays valid after the device is gone. For any thread.
 #[derive(Clone)]
 pub struct MemHandle(Arc<Shared>);
+
+/// What a memory device knows: plain data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemState {
+    /// Bytes that the guest may have plugged.
+    requested: u64,
+    /// Bytes of a block.
+    block_bytes: u64,
+    /// Numbers of the blocks that it has plugged, in order.
+    plugged: Vec<u32>,
+}
 
 /// The memory has no region for blocks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -221,11 +238,55 @@ impl VirtioDevice for Mem {
         Ok(())
     }
 
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        self.shared.listener.set(None);
+        let active = self.active.take();
+        Ok(active.map(|active| active.positions()).unwrap_or_default())
+    }
+
+    fn data(&self) -> DeviceData {
+        DeviceData::Mem(MemState {
+            requested: self.shared.requested.load(Ordering::Relaxed),
+            block_bytes: self.shared.extent.block_bytes,
+            plugged: self.plugging.plugged(),
+        })
+    }
+
+    fn restore(&mut self, data: &DeviceData) -> Result<(), RestoreError> {
+        let DeviceData::Mem(state) = data else {
+            return Err(Foreign("kind").into());
+        };
+        let Extent {
+            block_bytes, count, ..
+        } = self.shared.extent;
+        let in_order = state.plugged.is_sorted_by(|a, b| a < b);
+        let there = state
+            .plugged
+            .last()
+            .is_none_or(|last| u64::from(*last) < count);
+        let fits = state.requested <= self.shared.max && state.requested % block_bytes == 0;
+        if state.block_bytes != block_bytes || !in_order || !there || !fits {
+            return Err(Foreign("blocks").into());
+        }
+        self.shared
+            .requested
+            .store(state.requested, Ordering::Relaxed);
+        let plugged = self.plugging.restore(&state.plugged);
+        plugged.map_err(RestoreError::Memory)
+    }
+
     /// What is plugged stays so (section 5.15.5): the next driver finds it in the configuration.
     fn reset(&mut self) -> Result<(), DeviceError> {
         self.shared.listener.set(None);
         self.active = None;
         Ok(())
+    }
+}
+
+impl Active {
+    fn positions(&self) -> Positions {
+        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
+        server.positions()
     }
 }
 

@@ -18,7 +18,7 @@ mod plugging;
 mod request;
 mod server;
 
-pub use device::{Mem, MemHandle, NoPluggableRegion, RequestTooLarge};
+pub use device::{Mem, MemHandle, MemState, NoPluggableRegion, RequestTooLarge};
 pub use plugging::{Backing, Block};
 
 #[cfg(test)]

@@ -56,19 +56,46 @@ impl Plugging {
         }
     }
 
-    pub(super) fn answer(&self, request: Request) -> Response {
-        // Found when the device was made; regions neither come nor go.
-        let start = GuestAddress(self.shared.extent.start);
-        let region = self.memory.find_region(start);
-        let Some((region, blocks)) = region.and_then(|region| Some((region, region.blocks()?)))
-        else {
-            return Response::Error;
-        };
-        let work = Work {
+    /// The region and what is done to it. Found when the device was made; regions neither come nor go.
+    fn work(&self) -> Option<Work<'_>> {
+        let region = self
+            .memory
+            .find_region(GuestAddress(self.shared.extent.start))?;
+        Some(Work {
             region,
-            blocks,
+            blocks: region.blocks()?,
             backing: &*self.backing,
             shared: &self.shared,
+        })
+    }
+
+    /// Numbers of the plugged blocks, in order.
+    pub(super) fn plugged(&self) -> Vec<u32> {
+        let Some(work) = self.work() else {
+            return Vec::new();
+        };
+        // See `Mem::new`: there are no more than that.
+        (0..self.shared.extent.count as u32)
+            .filter(|number| work.blocks.is_plugged(u64::from(*number)))
+            .collect()
+    }
+
+    /// Plugs exactly the blocks of `numbers`, which are in order, and leaves what is in them.
+    ///
+    /// # Errors
+    /// The host refused one. Then none is plugged.
+    pub(super) fn restore(&self, numbers: &[u32]) -> io::Result<()> {
+        let work = self.work().ok_or(io::ErrorKind::NotFound)?;
+        let result = work.restore(numbers);
+        if result.is_err() {
+            work.unplug_all();
+        }
+        result
+    }
+
+    pub(super) fn answer(&self, request: Request) -> Response {
+        let Some(work) = self.work() else {
+            return Response::Error;
         };
         match request {
             Request::Plug(range) => work.plug(range),
@@ -161,6 +188,19 @@ impl Work<'_> {
                 self.shared.plugged.fetch_sub(bytes, Ordering::Relaxed);
             }
         }
+    }
+
+    fn restore(&self, numbers: &[u32]) -> io::Result<()> {
+        if self.unplug_all() != Response::Ack {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
+        for number in numbers.iter().map(|number| u64::from(*number)) {
+            self.map(number)?;
+            self.blocks.set(number, true);
+            let bytes = self.blocks.block_bytes();
+            self.shared.plugged.fetch_add(bytes, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     fn unplug_all(&self) -> Response {

@@ -7,7 +7,7 @@ use crate::GuestMemory;
 use crate::event::{Readiness, Subscriber};
 use crate::virtio::chain::Buffers;
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::ActiveQueue;
+use crate::virtio::queue::{ActiveQueue, Positions, positions};
 use std::io::{Read, Write};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
@@ -40,6 +40,11 @@ impl Server {
             kick: Some(Arc::clone(&queue.kick)),
             queue: Some(queue),
         }
+    }
+
+    /// Where it stands in its queue.
+    pub(super) fn positions(&self) -> Positions {
+        positions(&self.queue)
     }
 
     /// Serves nothing any more.

@@ -3,7 +3,8 @@
 use super::{Backing, Block, Mem, MemHandle};
 use crate::GuestMemory;
 use crate::event::Poller;
-use crate::testing::{Buffer, Driver, any_descriptor, memory_with_blocks, sweep};
+use crate::testing::{Buffer, Driver, any_descriptor, memory_with_blocks, sweep, written_down};
+use crate::virtio::device::RestoreError;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::io;
@@ -72,6 +73,15 @@ struct Guest {
 
 impl Guest {
     fn up() -> Guest {
+        let mut guest = Guest::fresh();
+        guest.driver.negotiate(1 << 1);
+        guest.driver.setup_queue(0, 16);
+        guest.driver.start();
+        guest
+    }
+
+    /// One whose driver has done nothing yet.
+    fn fresh() -> Guest {
         let poller = Arc::new(Poller::new().unwrap());
         let pluggable = (START, (BLOCKS * BLOCK) as usize);
         let memory = memory_with_blocks(&[(0, 16 << 20)], pluggable, BLOCK);
@@ -82,12 +92,8 @@ impl Guest {
         let max = BLOCKS * BLOCK;
         let mem = Mem::new(&memory, max, slots.clone(), poller.clone()).unwrap();
         let handle = mem.handle();
-        let mut driver = Driver::with_memory(Box::new(mem), memory);
-        driver.negotiate(1 << 1);
-        driver.setup_queue(0, 16);
-        driver.start();
         Guest {
-            driver,
+            driver: Driver::with_memory(Box::new(mem), memory),
             handle,
             slots,
             poller,
@@ -469,5 +475,60 @@ proptest! {
             let after = guest.handle.plugged();
             prop_assert!(after <= before || after <= granted * BLOCK);
         }
+    }
+}
+
+#[test]
+fn what_is_plugged_stays_so_over_a_suspension_and_in_another_process() {
+    let mut guest = Guest::granted(5);
+    assert_eq!((guest.plug(1, 2), guest.plug(6, 1)), (ACK, ACK));
+    let state = written_down(&guest.driver);
+    guest.driver.transport.resume();
+    assert_eq!(guest.slots.mapped(), [1, 2, 6]);
+    assert_eq!(guest.unplug(6, 1), ACK);
+    // The other one has the state of before, and memory of its own.
+    let other = Guest::fresh();
+    other.driver.transport.restore(&state).unwrap();
+    other.driver.transport.resume();
+    other.has(&[1, 2, 6]);
+    assert_eq!(other.handle.requested(), 5 * BLOCK);
+    assert_eq!(other.driver.status(), 0x0f);
+}
+
+#[test]
+fn a_host_that_refuses_a_block_is_an_error_of_its_own() {
+    let mut guest = Guest::granted(5);
+    assert_eq!(guest.plug(0, 5), ACK);
+    let state = written_down(&guest.driver);
+    let other = Guest::fresh();
+    other.slots.fails_after.store(3, Ordering::Relaxed);
+    let refused = other.driver.transport.restore(&state);
+    assert!(matches!(refused, Err(RestoreError::Memory(_))));
+    // It takes none back either, and all that is told is still the same.
+    other.has(&[0, 1, 2]);
+}
+
+#[test]
+fn blocks_that_cannot_be_are_not_taken_over() {
+    let mut guest = Guest::granted(5);
+    assert_eq!(guest.plug(0, 2), ACK);
+    let state = written_down(&guest.driver);
+    for (field, value) in [
+        ("plugged", serde_json::json!([1, 0])),
+        ("plugged", serde_json::json!([1, 1])),
+        ("plugged", serde_json::json!([8])),
+        ("requested", (9 * BLOCK).into()),
+        ("requested", (BLOCK + 1).into()),
+        ("block_bytes", (2 * BLOCK).into()),
+    ] {
+        let mut json = serde_json::to_value(&state).unwrap();
+        json["data"]["mem"][field] = value;
+        let impossible = serde_json::from_value(json).unwrap();
+        let other = Guest::fresh();
+        assert!(
+            other.driver.transport.restore(&impossible).is_err(),
+            "{field}"
+        );
+        other.has(&[]);
     }
 }

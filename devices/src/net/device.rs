@@ -7,8 +7,13 @@ use super::server::{NetCounters, Parts, Server};
 use super::tap::{HEADER_BYTES, Tap, TapError};
 use crate::counters::Counters;
 use crate::event::EventLoop;
-use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
+use crate::state::Foreign;
+use crate::virtio::device::{
+    Activation, DeviceData, DeviceError, RestoreError, SuspendError, VirtioDevice,
+};
+use crate::virtio::queue::Positions;
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, PoisonError};
 use virtio_bindings::virtio_net::{
@@ -38,6 +43,16 @@ pub struct NetSetup {
     pub mac: [u8; 6],
     /// Largest packet of the link without its Ethernet header, bytes.
     pub mtu: u16,
+}
+
+/// What a card knows: plain data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetState {
+    /// Pairs of queues that the driver uses.
+    pairs: u16,
+    /// The cable is plugged.
+    up: bool,
 }
 
 /// Why a card cannot be made.
@@ -76,6 +91,8 @@ pub struct Net {
     event_loop: Arc<dyn EventLoop>,
     link: Link,
     counters: Arc<NetCounters>,
+    /// Pairs that the driver used when the card was suspended; 1 after a reset.
+    used: u16,
     active: Option<Active>,
 }
 
@@ -126,6 +143,7 @@ impl Net {
             event_loop,
             link: Link::new(),
             counters: Arc::default(),
+            used: 1,
             active: None,
         })
     }
@@ -157,6 +175,66 @@ impl Net {
     fn pairs(&self) -> u16 {
         // At most PAIRS_MAX.
         self.taps.len() as u16
+    }
+
+    /// Works from now on.
+    fn begin(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        let features = activation.features;
+        let has = |bit| features & feature(bit) != 0;
+        // Section 5.1.2: without MQ there is one pair, and the control queue comes behind it.
+        let pairs = if has(VIRTIO_NET_F_MQ) {
+            self.pairs()
+        } else {
+            1
+        };
+        let mut queues = activation.queues;
+        let control = 2 * usize::from(pairs);
+        queues.truncate(control + usize::from(has(VIRTIO_NET_F_CTRL_VQ)));
+        for index in [0, 1] {
+            if queues.get(index).is_none_or(Option::is_none) {
+                return Err(DeviceError::QueueMissing(index as u16));
+            }
+        }
+        self.offload(tap_offload(features))?;
+        let largest = match takes_large(features) {
+            true => PACKET_MAX_BYTES,
+            false => usize::from(self.mtu) + ETHERNET_BYTES + HEADER_BYTES,
+        };
+        let mut server = Server::new(Parts {
+            memory: activation.memory,
+            interrupt: activation.interrupt.clone(),
+            event_loop: self.event_loop.clone(),
+            taps: self.taps.clone(),
+            queues,
+            agreed: pairs,
+            used: self.used,
+            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
+            largest,
+            counters: self.counters.clone(),
+        });
+        let watched = server.watched();
+        // From here on a reset has something to undo, also if this fails half-way.
+        let active = self.active.insert(Active {
+            server: Arc::new(Mutex::new(server)),
+            watched: Vec::with_capacity(watched.len()),
+            event_loop: self.event_loop.clone(),
+            link: self.link.clone(),
+        });
+        self.link.attach(Live {
+            server: active.server.clone(),
+            interrupt: activation.interrupt,
+            told: has(VIRTIO_NET_F_STATUS),
+        });
+        for (fd, interest, token) in watched {
+            self.event_loop
+                .watch(fd, interest, token, active.server.clone())
+                .map_err(|cause| DeviceError::Io {
+                    what: "watch the queues of a card",
+                    cause,
+                })?;
+            active.watched.push(fd);
+        }
+        Ok(())
     }
 }
 
@@ -197,68 +275,47 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let features = activation.features;
-        let has = |bit| features & feature(bit) != 0;
-        // Section 5.1.2: without MQ there is one pair, and the control queue comes behind it.
-        let pairs = if has(VIRTIO_NET_F_MQ) {
-            self.pairs()
-        } else {
-            1
-        };
-        let mut queues = activation.queues;
-        let control = 2 * usize::from(pairs);
-        queues.truncate(control + usize::from(has(VIRTIO_NET_F_CTRL_VQ)));
-        for index in [0, 1] {
-            if queues.get(index).is_none_or(Option::is_none) {
-                return Err(DeviceError::QueueMissing(index as u16));
-            }
-        }
-        self.offload(tap_offload(features))?;
         for tap in &self.taps {
             tap.discard();
         }
-        let largest = match takes_large(features) {
-            true => PACKET_MAX_BYTES,
-            false => usize::from(self.mtu) + ETHERNET_BYTES + HEADER_BYTES,
+        self.begin(activation)
+    }
+
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        let Some(active) = self.active.take() else {
+            return Ok(Positions::new());
         };
-        let mut server = Server::new(Parts {
-            memory: activation.memory,
-            interrupt: activation.interrupt.clone(),
-            event_loop: self.event_loop.clone(),
-            taps: self.taps.clone(),
-            queues,
-            agreed: pairs,
-            mergeable: has(VIRTIO_NET_F_MRG_RXBUF),
-            largest,
-            counters: self.counters.clone(),
-        });
-        let watched = server.watched();
-        // From here on a reset has something to undo, also if this fails half-way.
-        let active = self.active.insert(Active {
-            server: Arc::new(Mutex::new(server)),
-            watched: Vec::with_capacity(watched.len()),
-            event_loop: self.event_loop.clone(),
-            link: self.link.clone(),
-        });
-        self.link.attach(Live {
-            server: active.server.clone(),
-            interrupt: activation.interrupt,
-            told: has(VIRTIO_NET_F_STATUS),
-        });
-        for (fd, interest, token) in watched {
-            self.event_loop
-                .watch(fd, interest, token, active.server.clone())
-                .map_err(|cause| DeviceError::Io {
-                    what: "watch the queues of a card",
-                    cause,
-                })?;
-            active.watched.push(fd);
+        let server = active.server.lock().unwrap_or_else(PoisonError::into_inner);
+        self.used = server.used();
+        Ok(server.positions())
+    }
+
+    /// What came meanwhile is for this driver.
+    fn resume(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        self.begin(activation)
+    }
+
+    fn data(&self) -> DeviceData {
+        DeviceData::Net(NetState {
+            pairs: self.used,
+            up: self.link.is_up(),
+        })
+    }
+
+    fn restore(&mut self, data: &DeviceData) -> Result<(), RestoreError> {
+        match data {
+            DeviceData::Net(state) if (1..=self.pairs()).contains(&state.pairs) => {
+                self.used = state.pairs;
+                self.link.set(state.up);
+                Ok(())
+            }
+            _ => Err(Foreign("network card").into()),
         }
-        Ok(())
     }
 
     fn reset(&mut self) -> Result<(), DeviceError> {
         self.active = None;
+        self.used = 1;
         Ok(())
     }
 }

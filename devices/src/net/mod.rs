@@ -24,7 +24,7 @@ mod server;
 mod tap;
 mod transmit;
 
-pub use device::{MTU_MIN, Net, NetError, NetSetup, PAIRS_MAX};
+pub use device::{MTU_MIN, Net, NetError, NetSetup, NetState, PAIRS_MAX};
 pub use link::Link;
 pub use tap::{TAP_SET_OFFLOAD, TapError};
 

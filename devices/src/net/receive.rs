@@ -4,7 +4,7 @@ use super::lent::Lent;
 use super::server::NetCounters;
 use super::tap::{HEADER_BYTES, Tap};
 use crate::GuestMemory;
-use crate::virtio::queue::{ActiveQueue, Broken};
+use crate::virtio::queue::{ActiveQueue, Broken, QueuePosition};
 use rustix::io::Errno;
 use std::sync::Arc;
 use vm_memory::VolatileSlice;
@@ -58,6 +58,18 @@ impl Receive {
     /// Number of the queue.
     pub(super) fn index(&self) -> u16 {
         self.queue.index
+    }
+
+    /// Where it stands, with all that is lent given back: it is what was taken off the queue last. (But for a driver that puts
+    /// chains between them that have no room for anything: such a chain it gets back twice, and another not at all.)
+    pub(super) fn position(&self) -> QueuePosition {
+        let position = self.queue.position();
+        // No more chains than the queue is long.
+        let lent = self.lent.chains() as u16;
+        QueuePosition {
+            next_available: position.next_available.wrapping_sub(lent),
+            ..position
+        }
     }
 
     /// Takes packets off the tap; whether the driver is to be told, and how it ended.

@@ -11,7 +11,7 @@ use crate::GuestMemory;
 use crate::counters::counters;
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
 use crate::virtio::device::Interrupt;
-use crate::virtio::queue::{ActiveQueue, Broken};
+use crate::virtio::queue::{ActiveQueue, Broken, Positions};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 use vmm_sys_util::eventfd::EventFd;
@@ -105,6 +105,8 @@ pub(super) struct Parts {
     pub(super) queues: Vec<Option<ActiveQueue>>,
     /// Pairs of queues that the driver may use; 1 without VIRTIO_NET_F_MQ.
     pub(super) agreed: u16,
+    /// Pairs that it uses, at most as many.
+    pub(super) used: u16,
     /// A packet may fill several buffers.
     pub(super) mergeable: bool,
     /// The largest packet that may come, with its header, in bytes.
@@ -147,7 +149,7 @@ impl Server {
             control,
             kicks,
             agreed: parts.agreed,
-            used: 1,
+            used: usize::from(parts.used.clamp(1, parts.agreed)),
             up: true,
             counters: parts.counters,
             stopped: false,
@@ -183,6 +185,25 @@ impl Server {
             pair.transmit = None;
         }
         self.control = None;
+    }
+
+    /// Where it stands in its queues. Buffers that were lent for packets to come are not taken yet.
+    pub(super) fn positions(&self) -> Positions {
+        let receive = self.pairs.iter().filter_map(|pair| pair.receive.as_ref());
+        let transmit = self.pairs.iter().filter_map(|pair| pair.transmit.as_ref());
+        let control = self.control.iter().map(|control| &control.queue);
+        let control = control.map(|queue| (queue.index, queue.position()));
+        receive
+            .map(|queue| (queue.index(), queue.position()))
+            .chain(transmit.map(|queue| (queue.index(), queue.position())))
+            .chain(control)
+            .collect()
+    }
+
+    /// Pairs that the driver uses.
+    pub(super) fn used(&self) -> u16 {
+        // No more than there are.
+        self.used as u16
     }
 
     /// The cable is plugged or not as the card begins. Nothing is sent yet: a vCPU's thread, which begins it, may not.

@@ -4,7 +4,7 @@ use super::receive::PACKET_MAX_BYTES;
 use super::server::NetCounters;
 use super::tap::{HEADER_BYTES, Tap, VECTORS_MAX};
 use crate::GuestMemory;
-use crate::virtio::queue::{ActiveQueue, Broken};
+use crate::virtio::queue::{ActiveQueue, Broken, QueuePosition};
 use rustix::io::Errno;
 use std::sync::Arc;
 use vm_memory::VolatileSlice;
@@ -35,6 +35,11 @@ impl Transmit {
     /// Number of the queue.
     pub(super) fn index(&self) -> u16 {
         self.queue.index
+    }
+
+    /// Where it stands.
+    pub(super) fn position(&self) -> QueuePosition {
+        self.queue.position()
     }
 
     /// Sends what there is, as many packets as the queue is long, or without a tap throws it away; whether the driver is to be told, and how it ended.

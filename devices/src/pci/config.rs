@@ -11,6 +11,9 @@
 //! later therefore has no BAR but an Enhanced Allocation entry (PCIe 5.0 section 7.8.5), which says an address that cannot be
 //! changed; Linux takes it as that of the BAR of the same number (drivers/pci/pci.c, pci_ea_read).
 
+use crate::state::Foreign;
+use serde::{Deserialize, Serialize};
+
 /// Length of a conventional configuration space in bytes.
 pub const CONFIG_BYTES: usize = 256;
 /// BARs of a type-0 header.
@@ -88,6 +91,11 @@ struct Bar {
     /// By an Enhanced Allocation entry: the BAR's own register reads 0 for ever.
     fixed: bool,
 }
+
+/// What a configuration space says, to be written down: all of its bytes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct ConfigState(Vec<u8>);
 
 /// The configuration space of one function. Plain data.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -239,6 +247,26 @@ impl ConfigSpace {
         }
     }
 
+    /// What it says.
+    pub fn state(&self) -> ConfigState {
+        ConfigState(self.bytes.to_vec())
+    }
+
+    /// Says again what another one of the same layout said.
+    ///
+    /// # Errors
+    /// That was of another layout.
+    pub fn restore(&mut self, state: &ConfigState) -> Result<(), Foreign> {
+        let ConfigState(bytes) = state;
+        let mut pairs = bytes.iter().zip(self.bytes.iter().zip(&self.writable));
+        let alike = pairs.all(|(new, (byte, mask))| (new ^ byte) & !mask == 0);
+        if bytes.len() != CONFIG_BYTES || !alike {
+            return Err(Foreign("configuration space"));
+        }
+        self.put(0, bytes);
+        Ok(())
+    }
+
     /// Whether BAR `index` answers at the address that it was given: see the module text.
     pub fn decodes(&self, index: usize) -> bool {
         let mut command = [0];
@@ -363,6 +391,27 @@ mod tests {
         assert!(space.decodes(0));
         space.write(COMMAND as u8, &[0]);
         assert!(!space.decodes(0));
+    }
+
+    #[test]
+    fn what_the_guest_wrote_comes_back_and_nothing_else_can() {
+        let mut old = space();
+        old.add_bar(0, 0xc000_8000, 0x8000).unwrap();
+        let fresh = old.clone();
+        old.write(4, &[6, 4]);
+        old.write(0x3c, &[9]);
+        let mut new = fresh.clone();
+        new.restore(&old.state()).unwrap();
+        assert_eq!(new, old);
+        for at in 0..CONFIG_BYTES {
+            let mut state = old.state();
+            state.0[at] ^= !old.writable[at];
+            let changed = state != old.state();
+            assert_eq!(fresh.clone().restore(&state).is_err(), changed, "{at:#x}");
+        }
+        let short = ConfigState(old.state().0[..255].to_vec());
+        assert!(new.restore(&short).is_err());
+        assert_eq!(new, old);
     }
 
     #[test]

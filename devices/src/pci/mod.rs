@@ -8,8 +8,10 @@ mod config;
 pub mod msix;
 mod root;
 
-pub use config::{BARS, CONFIG_BYTES, ConfigSpace, Identity, LayoutError};
-pub use root::{CONFIG_PORT, CONFIG_PORT_BYTES, FUNCTIONS, PciRoot, Place, PlaceError, SLOTS};
+pub use config::{BARS, CONFIG_BYTES, ConfigSpace, ConfigState, Identity, LayoutError};
+pub use root::{
+    CONFIG_PORT, CONFIG_PORT_BYTES, FUNCTIONS, PciRoot, PciRootState, Place, PlaceError, SLOTS,
+};
 
 /// One function of the bus. Called from any vCPU thread.
 pub trait PciFunction: Send + Sync {

@@ -3,6 +3,8 @@
 //! Where a message goes (irqfd, GSI routing) is the VMM's business: [`MsiRoutes`]. The guest writes the
 //! table; a message that makes no sense goes to KVM, which refuses or drops it, and harms only this guest.
 
+use crate::state::Foreign;
+use serde::{Deserialize, Serialize};
 use std::io;
 use std::sync::Arc;
 
@@ -50,7 +52,8 @@ pub trait MsiRoutes: Send + Sync {
 }
 
 /// One entry of the table, as the guest wrote it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MsixEntry {
     /// Address, data and control words in the order of the table.
     words: [u32; 4],
@@ -74,7 +77,8 @@ impl MsixEntry {
 }
 
 /// The guest-visible state. Plain data.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct MsixState {
     entries: Vec<MsixEntry>,
     enabled: bool,
@@ -116,6 +120,28 @@ impl Msix {
     /// What the guest sees.
     pub fn state(&self) -> &MsixState {
         &self.state
+    }
+
+    /// Takes the state of another one, whose message control ended with the byte `high`: sets its routes, and sends what is pending.
+    ///
+    /// # Errors
+    /// It is not one of this function.
+    pub fn restore(&mut self, state: &MsixState, high: u8) -> Result<(), Foreign> {
+        let possible = |entry: &MsixEntry| {
+            let [low, _, _, control] = entry.words;
+            low & 3 == 0 && control & !ENTRY_MASKED == 0
+        };
+        if state.entries.len() != self.state.entries.len() || !state.entries.iter().all(possible) {
+            return Err(Foreign("MSI-X table"));
+        }
+        let enabled = high & CONTROL_HIGH_ENABLE != 0;
+        let masked = high & CONTROL_HIGH_MASK != 0;
+        if (state.enabled, state.function_masked) != (enabled, masked) {
+            return Err(Foreign("MSI-X message control"));
+        }
+        self.state.entries.clone_from(&state.entries);
+        self.set_control(high);
+        Ok(())
     }
 
     /// The capability's body for a table and pending bits in BAR `bar` at these offsets (multiples of 8).

@@ -4,8 +4,10 @@
 //! and not there (another bus, another function, an empty slot, the enable bit clear) reads as all ones.
 
 use super::PciFunction;
-use super::config::{ConfigSpace, Identity};
+use super::config::{ConfigSpace, ConfigState, Identity};
 use crate::bus::BusDevice;
+use crate::state::{Foreign, Version};
+use serde::{Deserialize, Serialize};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -66,6 +68,16 @@ impl fmt::Display for Place {
 )]
 pub struct PlaceError(pub Place);
 
+/// What the guest sees of the root itself. Plain data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PciRootState {
+    version: Version<1>,
+    /// The address register.
+    address: u32,
+    bridge: ConfigState,
+}
+
 struct State {
     address: u32,
     /// Function 0 of this slot and of those behind it always says that there are others: a guest that has looked at a slot once
@@ -89,15 +101,16 @@ impl State {
 /// The bus with its functions, as a device on the port bus at [`CONFIG_PORT`].
 pub struct PciRoot {
     state: Mutex<State>,
+    bridge: Arc<HostBridge>,
 }
 
 impl PciRoot {
     /// A bus with a host bridge and nothing else.
     pub fn new() -> PciRoot {
-        let bridge = HostBridge(Mutex::new(ConfigSpace::new(HOST_BRIDGE)));
+        let bridge = Arc::new(HostBridge(Mutex::new(ConfigSpace::new(HOST_BRIDGE))));
         let mut functions = [const { None }; SLOTS * FUNCTIONS];
         if let Some(first) = functions.first_mut() {
-            *first = Some(Arc::new(bridge) as Arc<dyn PciFunction>);
+            *first = Some(bridge.clone() as Arc<dyn PciFunction>);
         }
         PciRoot {
             state: Mutex::new(State {
@@ -105,7 +118,30 @@ impl PciRoot {
                 later: SLOTS,
                 functions,
             }),
+            bridge,
         }
+    }
+
+    /// What the guest sees of it, without its functions.
+    pub fn state(&self) -> PciRootState {
+        PciRootState {
+            version: Version,
+            address: self.lock().address,
+            bridge: self.bridge.lock().state(),
+        }
+    }
+
+    /// Takes the state of another one.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn restore(&self, state: &PciRootState) -> Result<(), Foreign> {
+        if state.address & !ADDRESS_BITS != 0 {
+            return Err(Foreign("PCI address register"));
+        }
+        self.bridge.lock().restore(&state.bridge)?;
+        self.lock().address = state.address;
+        Ok(())
     }
 
     /// Puts a function at `place`.
@@ -221,15 +257,19 @@ impl BusDevice for PciRoot {
 
 struct HostBridge(Mutex<ConfigSpace>);
 
+impl HostBridge {
+    fn lock(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl PciFunction for HostBridge {
     fn config_read(&self, offset: u8, data: &mut [u8]) {
-        let space = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        space.read(offset, data);
+        self.lock().read(offset, data);
     }
 
     fn config_write(&self, offset: u8, data: &[u8]) {
-        let mut space = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        space.write(offset, data);
+        self.lock().write(offset, data);
     }
 }
 
@@ -289,6 +329,25 @@ mod tests {
         let mut back = [0; 4];
         root.read(0, &mut back);
         assert_eq!(u32::from_le_bytes(back), 0x8000_0004);
+    }
+
+    #[test]
+    fn what_was_selected_and_written_comes_back() {
+        let (old, new) = (PciRoot::new(), PciRoot::new());
+        read(&old, 0x8000_0004, 0, 2);
+        old.write(DATA, &[6, 0]);
+        let json = serde_json::to_string(&old.state()).unwrap();
+        let state = serde_json::from_str(&json).unwrap();
+        new.restore(&state).unwrap();
+        assert_eq!(new.state(), old.state());
+        let mut command = [0; 2];
+        new.read(DATA, &mut command);
+        assert_eq!(command, [6, 0]);
+        let impossible = PciRootState {
+            address: 1,
+            ..state
+        };
+        assert!(new.restore(&impossible).is_err());
     }
 
     fn function() -> Arc<HostBridge> {

@@ -17,8 +17,10 @@ pub use ring::{CONSOLE_LINE_MAX_CHARS, CONSOLE_RING_BYTES};
 
 use crate::bus::BusDevice;
 use crate::event::{EventLoop, Readiness, Subscriber};
+use crate::state::{Foreign, Version};
 use output::Output;
 use ring::Ring;
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -61,9 +63,11 @@ const STATUS_DATA: u8 = 0x01;
 /// Carrier, data set ready, clear to send.
 const MODEM_READY: u8 = 0xb0;
 
-/// The registers. Plain data.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// The registers. Plain data. What was written and sent is no part of them.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SerialState {
+    version: Version<1>,
     interrupt_enable: u8,
     fifo_enabled: bool,
     line_control: u8,
@@ -117,6 +121,21 @@ impl Serial {
     /// The registers, as plain data.
     pub fn state(&self) -> SerialState {
         self.lock().registers.clone()
+    }
+
+    /// Takes the state of another one.
+    ///
+    /// # Errors
+    /// It is none.
+    pub fn restore(&self, state: &SerialState) -> Result<(), Foreign> {
+        let possible = state.interrupt_enable & !ENABLE_BITS == 0
+            && state.modem_control & !CONTROL_BITS == 0
+            && state.looped.len() <= FIFO_BYTES;
+        if !possible {
+            return Err(Foreign("registers"));
+        }
+        self.lock().registers.clone_from(state);
+        Ok(())
     }
 
     /// The last lines that the guest wrote, at most `lines`, oldest first, safe to print: control

@@ -239,9 +239,32 @@ fn a_flush_waits_no_longer_than_it_may() {
     assert!(begin.elapsed() < Duration::from_secs(5));
 }
 
+#[test]
+fn registers_that_cannot_be_are_refused() {
+    let (serial, _) = serial();
+    let registers = SerialState::default();
+    for impossible in [
+        SerialState {
+            interrupt_enable: 0x10,
+            ..registers.clone()
+        },
+        SerialState {
+            modem_control: 0x20,
+            ..registers.clone()
+        },
+        SerialState {
+            looped: vec![0; FIFO_BYTES + 1].into(),
+            ..registers.clone()
+        },
+    ] {
+        assert!(serial.restore(&impossible).is_err());
+        assert_eq!(serial.state(), registers);
+    }
+}
+
 proptest! {
     #[test]
-    fn no_access_panics_or_grows(
+    fn no_access_panics_or_grows_and_the_registers_can_be_written_down(
         accesses in proptest::collection::vec((0u64..10, any::<u8>(), any::<bool>()), 0..500)
     ) {
         let (serial, _) = serial();
@@ -252,6 +275,14 @@ proptest! {
                 inb(&serial, register);
             }
         }
-        prop_assert!(serial.state().looped.len() <= FIFO_BYTES);
+        let state = serial.state();
+        prop_assert!(state.looped.len() <= FIFO_BYTES);
+        let json = serde_json::to_string(&state).unwrap();
+        let (new, _) = self::serial();
+        new.restore(&serde_json::from_str(&json).unwrap()).unwrap();
+        prop_assert_eq!(new.state(), state);
+        for register in 0..8 {
+            prop_assert_eq!(inb(&new, register), inb(&serial, register));
+        }
     }
 }

@@ -7,7 +7,7 @@ use crate::bus::{Bus, BusDevice};
 use crate::event::Poller;
 use crate::pci::{CONFIG_PORT, CONFIG_PORT_BYTES, PciRoot, Place};
 use crate::virtio::device::VirtioDevice;
-use crate::virtio::pci::{BAR_BYTES, BarAddress, TRANSPORT_FEATURES, VirtioPci};
+use crate::virtio::pci::{BAR_BYTES, BarAddress, TRANSPORT_FEATURES, VirtioPci, VirtioState};
 use crate::virtio::state::status;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -57,6 +57,31 @@ pub struct Driver {
     features: u64,
 }
 
+/// A device on a machine of its own: its transport, where its interrupts go, and the two buses.
+fn machine(
+    device: Box<dyn VirtioDevice>,
+    memory: &GuestMemory,
+) -> (Arc<VirtioPci>, Arc<FakeRoutes>, Bus, Bus) {
+    let routes = Arc::new(FakeRoutes::default());
+    let bar = BarAddress::InRegister(BAR_ADDRESS);
+    let transport = VirtioPci::new("virtio-test", device, memory.clone(), routes.clone(), bar);
+    let transport = Arc::new(transport.expect("a transport"));
+    let root = PciRoot::new();
+    let place = Place {
+        slot: SLOT,
+        function: 0,
+    };
+    root.insert(place, transport.clone()).unwrap();
+    let mut ports = Bus::new();
+    ports
+        .insert(CONFIG_PORT, CONFIG_PORT_BYTES, Arc::new(root))
+        .unwrap();
+    let mut mmio = Bus::new();
+    mmio.insert(BAR_ADDRESS, u64::from(BAR_BYTES), transport.clone())
+        .unwrap();
+    (transport, routes, ports, mmio)
+}
+
 impl Driver {
     /// A driver with 16 MiB of memory, which has found the device and done nothing more.
     pub fn new(device: Box<dyn VirtioDevice>) -> Driver {
@@ -66,30 +91,7 @@ impl Driver {
     /// The same with memory of your own; the driver takes rings and buffers from the region at 0.
     pub fn with_memory(device: Box<dyn VirtioDevice>, memory: GuestMemory) -> Driver {
         use vm_memory::{GuestMemory as _, GuestMemoryRegion};
-        let routes = Arc::new(FakeRoutes::default());
-        let transport = Arc::new(
-            VirtioPci::new(
-                "virtio-test",
-                device,
-                Arc::clone(&memory),
-                routes.clone(),
-                BarAddress::InRegister(BAR_ADDRESS),
-            )
-            .expect("a transport"),
-        );
-        let root = PciRoot::new();
-        let place = Place {
-            slot: SLOT,
-            function: 0,
-        };
-        root.insert(place, transport.clone()).unwrap();
-        let mut ports = Bus::new();
-        ports
-            .insert(CONFIG_PORT, CONFIG_PORT_BYTES, Arc::new(root))
-            .unwrap();
-        let mut mmio = Bus::new();
-        mmio.insert(BAR_ADDRESS, u64::from(BAR_BYTES), transport.clone())
-            .unwrap();
+        let (transport, routes, ports, mmio) = machine(device, &memory);
         let end = memory.iter().next().expect("a region of memory").len();
         let mut driver = Driver {
             transport,
@@ -126,6 +128,15 @@ impl Driver {
         }
         driver.start();
         driver
+    }
+
+    /// The driver goes on, on another machine with the same memory, on which `device` takes the state of the one that it has had
+    /// so far, which is dropped. That one must be suspended. Interrupts are counted anew.
+    pub fn carry_over(&mut self, device: Box<dyn VirtioDevice>, state: &VirtioState) {
+        let (transport, routes, ports, mmio) = machine(device, &self.memory);
+        transport.restore(state).expect("a device made alike");
+        transport.resume();
+        (self.transport, self.routes, self.ports, self.mmio) = (transport, routes, ports, mmio);
     }
 
     /// The guest's memory.

@@ -40,6 +40,17 @@ pub(crate) use queue::any_descriptor;
 pub use queue::{Buffer, RawDescriptor, Used};
 pub use routes::FakeRoutes;
 
+/// The state of a driver's device, suspended, as another process reads it.
+#[cfg(test)]
+pub(crate) fn written_down(driver: &Driver) -> crate::virtio::pci::VirtioState {
+    driver.transport.suspend().expect("no request is under way");
+    let state = driver.transport.state().expect("suspended");
+    let json = serde_json::to_string(&state).expect("plain data");
+    let read = serde_json::from_str(&json).expect("what was written");
+    assert_eq!(state, read);
+    read
+}
+
 use crate::memory::{self, GuestMemory};
 use std::sync::Arc;
 use vm_memory::{GuestAddress, GuestRegionCollection, GuestRegionMmap};

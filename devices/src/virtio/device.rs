@@ -9,9 +9,16 @@
 //! serve answers as its section of virtio 1.2 says, or asks for `DEVICE_NEEDS_RESET` by
 //! [`Interrupt::needs_reset`]; it never ends the VMM.
 
-use super::queue::{ActiveQueue, BadSettings};
+use super::queue::{ActiveQueue, BadSettings, Positions};
 use crate::GuestMemory;
+use crate::balloon::BalloonState;
 use crate::counters::Counters;
+use crate::fs::ShareState;
+use crate::mem::MemState;
+use crate::net::NetState;
+use crate::state::Foreign;
+use crate::vsock::VsockState;
+use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// How a device tells the driver that something happened. Implemented by the transport; cheap and safe to
@@ -87,6 +94,49 @@ pub enum DeviceError {
     },
 }
 
+/// Why a device does not stand still.
+#[derive(Debug, thiserror::Error)]
+pub enum SuspendError {
+    /// Requests are under way, whose ends come by the event loop; it is worth asking again after a turn of it.
+    #[error("requests are under way")]
+    Busy,
+    /// It cannot; it works on as before.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+}
+
+/// Why state cannot be taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// It is not one of this device.
+    #[error(transparent)]
+    Foreign(#[from] Foreign),
+    /// It says that the guest had mounted the share. The host's files behind its names are not part of it.
+    #[error("the guest had mounted share {0:?}, and a mounted share cannot be taken over")]
+    Mounted(String),
+    /// The host refused memory that the guest had.
+    #[error("cannot give the guest the memory that it had plugged")]
+    Memory(#[source] std::io::Error),
+}
+
+/// What a device knows beyond its transport and the positions in its queues: plain data.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum DeviceData {
+    /// Nothing.
+    Nothing,
+    /// A vsock device.
+    Vsock(VsockState),
+    /// A share.
+    Share(ShareState),
+    /// A network card.
+    Net(NetState),
+    /// A balloon.
+    Balloon(BalloonState),
+    /// A memory device.
+    Mem(MemState),
+}
+
 /// A virtio device behind the transport.
 ///
 /// The transport never calls `activate` twice without a completed `reset` between. A `reset` also comes where the queues were
@@ -124,6 +174,38 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// The device cannot work; the transport sets DEVICE_NEEDS_RESET.
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
+
+    /// Lets go of the queues as [`VirtioDevice::reset`] does, but forgets nothing: whatever was taken off a queue is answered or will be
+    /// taken again. A device that is not active has nothing to let go of. Called by the event loop's thread.
+    ///
+    /// # Errors
+    /// See [`SuspendError`]; it is active as before.
+    fn suspend(&mut self) -> Result<Positions, SuspendError>;
+
+    /// Takes the queues back after [`VirtioDevice::suspend`], or after [`VirtioDevice::restore`] those of another process, and goes on
+    /// where they stand. Each of them is kicked afterwards.
+    ///
+    /// # Errors
+    /// As of [`VirtioDevice::activate`].
+    fn resume(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        self.activate(activation)
+    }
+
+    /// What it knows beyond its transport, while it is suspended or not active.
+    fn data(&self) -> DeviceData {
+        DeviceData::Nothing
+    }
+
+    /// Takes over what a device of its kind knew. It has not been activated yet.
+    ///
+    /// # Errors
+    /// That device was of another kind, or of another configuration.
+    fn restore(&mut self, data: &DeviceData) -> Result<(), RestoreError> {
+        match data {
+            DeviceData::Nothing => Ok(()),
+            _ => Err(Foreign("kind").into()),
+        }
+    }
 
     /// Stops all work and returns only when nothing of the device touches guest memory any more.
     ///

@@ -22,12 +22,12 @@
 use super::device::{Activation, DeviceError, VirtioDevice};
 use super::queue::ActiveQueue;
 use super::signal::Shared;
-use super::state::{COMMON_BYTES, DeviceState, Effect, status};
+use super::state::{DeviceState, Effect, status};
 use crate::GuestMemory;
 use crate::bus::BusDevice;
 use crate::counters::Counters;
-use crate::pci::msix::{self, MsiRoutes, Msix, MsixState};
-use crate::pci::{ConfigSpace, Identity, LayoutError, PciFunction};
+use crate::pci::msix::{self, MsiRoutes, Msix};
+use crate::pci::{ConfigSpace, LayoutError, PciFunction};
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -46,6 +46,15 @@ pub const NOTIFY_OFF_MULTIPLIER: u32 = 4;
 pub const TRANSPORT_FEATURES: u64 =
     1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_INDIRECT_DESC | 1 << VIRTIO_RING_F_EVENT_IDX;
 
+mod gone;
+mod layout;
+mod suspend;
+
+use gone::Gone;
+use layout::lay_out;
+use suspend::Standing;
+pub use suspend::{TransportState, VirtioState};
+
 const RETIRE_TRIES: u32 = 1000;
 const PAGE: u64 = 0x1000;
 const COMMON_PAGE: u64 = 0;
@@ -55,20 +64,6 @@ const NOTIFY_PAGE: u64 = 3;
 const TABLE_PAGE: u64 = 4;
 const PENDING_PAGE: u64 = 5;
 
-const VENDOR_VIRTIO: u16 = 0x1af4;
-const DEVICE_MODERN: u16 = 0x1040;
-/// A device that is of no other class.
-const CLASS_OTHER: u32 = 0xff_00_00;
-/// Section 4.1.2.1: at least 1; the subsystem id at least 0x40, so that no legacy driver binds.
-const REVISION_MODERN: u8 = 1;
-
-const CAPABILITY_VENDOR: u8 = 0x09;
-// Types of section 4.1.4.
-const CFG_COMMON: u8 = 1;
-const CFG_NOTIFY: u8 = 2;
-const CFG_ISR: u8 = 3;
-const CFG_DEVICE: u8 = 4;
-const CFG_PCI: u8 = 5;
 // Offsets in struct virtio_pci_cap and virtio_pci_cfg_cap.
 const CAP_BAR: u8 = 4;
 const CAP_OFFSET: usize = 8;
@@ -140,22 +135,13 @@ impl BarAddress {
 )]
 pub struct InUse;
 
-/// The driver-visible state of a transport: plain data.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TransportState {
-    /// Configuration space.
-    pub config: ConfigSpace,
-    /// Status, features, queue settings.
-    pub device: DeviceState,
-    /// MSI-X table and pending bits.
-    pub msix: MsixState,
-}
-
 struct Core {
     device: Box<dyn VirtioDevice>,
     config: ConfigSpace,
     /// Why the device could last not be activated or reset.
     failure: Option<DeviceError>,
+    /// Where it stands while it is suspended.
+    standing: Option<Standing>,
 }
 
 /// One virtio device on the bus: a [`PciFunction`], and on the MMIO bus the [`BusDevice`] of its BAR.
@@ -218,6 +204,7 @@ impl VirtioPci {
                 device,
                 config: layout.config,
                 failure: None,
+                standing: None,
             }),
         })
     }
@@ -243,17 +230,6 @@ impl VirtioPci {
                 kick: Arc::clone(kick),
             })
             .collect()
-    }
-
-    /// What the driver sees, as plain data.
-    pub fn state(&self) -> TransportState {
-        let core = self.core();
-        let inner = self.shared.lock();
-        TransportState {
-            config: core.config.clone(),
-            device: inner.state.clone(),
-            msix: inner.msix.state().clone(),
-        }
     }
 
     /// Takes the reason for which the device could last not be activated or reset, to be reported. `None` also while a vCPU is
@@ -372,6 +348,15 @@ impl VirtioPci {
     }
 
     fn activate(&self, core: &mut Core) -> Result<(), DeviceError> {
+        let activation = self.activation(|_, _| true)?;
+        core.device.activate(activation)
+    }
+
+    /// What an activation brings: of the queues that the driver enabled those that `ready` makes so.
+    fn activation(
+        &self,
+        ready: impl Fn(u16, &mut ActiveQueue) -> bool,
+    ) -> Result<Activation, DeviceError> {
         let (features, settings) = {
             let inner = self.shared.lock();
             (inner.state.features(), inner.state.queues().to_vec())
@@ -386,9 +371,9 @@ impl VirtioPci {
             } else {
                 None
             };
-            queues.push(queue);
+            queues.push(queue.and_then(|mut queue| ready(index, &mut queue).then_some(queue)));
         }
-        core.device.activate(Activation {
+        Ok(Activation {
             memory: Arc::clone(&self.memory),
             features,
             queues,
@@ -399,6 +384,7 @@ impl VirtioPci {
     fn reset(&self, core: &mut Core, active: bool) {
         // A device whose activation failed is reset too: it may have half begun.
         let result = if active { core.device.reset() } else { Ok(()) };
+        core.standing = None;
         self.shared.disarm();
         self.shared.lock().state.finish_reset(result.is_ok());
         core.failure = result.err();
@@ -492,107 +478,6 @@ impl BusDevice for VirtioPci {
             self.write_bar(offset, data);
         }
     }
-}
-
-/// In the place of a device that was taken out.
-struct Gone;
-
-impl VirtioDevice for Gone {
-    fn device_type(&self) -> u16 {
-        // Reserved (section 5).
-        0
-    }
-
-    fn queue_sizes(&self) -> &[u16] {
-        &[]
-    }
-
-    fn features(&self) -> u64 {
-        0
-    }
-
-    fn config(&self) -> Vec<u8> {
-        Vec::new()
-    }
-
-    fn activate(&mut self, _activation: Activation) -> Result<(), DeviceError> {
-        Err(DeviceError::Io {
-            what: "use a device that was detached",
-            cause: io::ErrorKind::NotFound.into(),
-        })
-    }
-
-    fn reset(&mut self) -> Result<(), DeviceError> {
-        Ok(())
-    }
-}
-
-struct Layout {
-    config: ConfigSpace,
-    /// Offset of message control's high byte.
-    msix_control: u8,
-    /// Offset of the PCI configuration access capability.
-    window: u8,
-}
-
-fn lay_out(device: &dyn VirtioDevice, msix: &Msix, bar: BarAddress) -> Result<Layout, LayoutError> {
-    let kind = device.device_type();
-    let mut config = ConfigSpace::new(Identity {
-        vendor: VENDOR_VIRTIO,
-        device: DEVICE_MODERN + kind,
-        revision: REVISION_MODERN,
-        class: CLASS_OTHER,
-        subsystem_vendor: VENDOR_VIRTIO,
-        subsystem: DEVICE_MODERN + kind,
-    });
-    match bar {
-        BarAddress::InRegister(address) => config.add_bar(usize::from(BAR), address, BAR_BYTES)?,
-        BarAddress::Fixed(address) => config.add_fixed(usize::from(BAR), address, BAR_BYTES)?,
-    }
-    let capability = msix.capability(
-        BAR,
-        (TABLE_PAGE * PAGE) as u32,
-        (PENDING_PAGE * PAGE) as u32,
-    );
-    let at = config.add_capability(
-        msix::CAPABILITY_ID,
-        &capability,
-        &[0, msix::CONTROL_HIGH_WRITABLE],
-    )?;
-    let notify = NOTIFY_OFF_MULTIPLIER.to_le_bytes();
-    let queues = device.queue_sizes().len() as u32;
-    let device_bytes = (device.config().len() as u32).next_multiple_of(4);
-    let mut add = |kind: u8, page: u64, length: u32, more: &[u8], writable: &[u8]| {
-        let body = body(kind, (page * PAGE) as u32, length, more);
-        config.add_capability(CAPABILITY_VENDOR, &body, writable)
-    };
-    add(CFG_COMMON, COMMON_PAGE, COMMON_BYTES as u32, &[], &[])?;
-    let notify_bytes = (queues * NOTIFY_OFF_MULTIPLIER).max(NOTIFY_OFF_MULTIPLIER);
-    add(CFG_NOTIFY, NOTIFY_PAGE, notify_bytes, &notify, &[])?;
-    add(CFG_ISR, ISR_PAGE, 4, &[], &[])?;
-    if device_bytes > 0 {
-        add(CFG_DEVICE, CONFIG_PAGE, device_bytes, &[], &[])?;
-    }
-    // BAR, offset, length and data are the driver's to write (section 4.1.4.9).
-    let writable = [
-        0, 0, 0xff, 0, 0, 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff,
-    ];
-    let window = add(CFG_PCI, COMMON_PAGE, 0, &[0; 4], &writable)?;
-    Ok(Layout {
-        config,
-        msix_control: at + 3,
-        window,
-    })
-}
-
-/// struct virtio_pci_cap behind its id and next pointer, and what follows it.
-fn body(kind: u8, offset: u32, length: u32, more: &[u8]) -> Vec<u8> {
-    let bytes = (16 + more.len()) as u8;
-    let mut body = vec![bytes, kind, BAR, 0, 0, 0];
-    body.extend(offset.to_le_bytes());
-    body.extend(length.to_le_bytes());
-    body.extend(more);
-    body
 }
 
 #[cfg(test)]

@@ -3,14 +3,16 @@
 
 use super::*;
 use crate::testing::{Buffer, Driver, sweep};
-use crate::virtio::device::Interrupt;
-use crate::virtio::queue::BadSettings;
+use crate::virtio::device::{Interrupt, RestoreError, SuspendError};
+use crate::virtio::queue::{BadSettings, Positions, QueuePosition, positions};
 use proptest::prelude::*;
 
 #[path = "queue_tests.rs"]
 mod queues;
 #[path = "retire_tests.rs"]
 mod retire;
+#[path = "suspend_tests.rs"]
+mod suspend;
 
 /// A device of the test's making: it keeps its queues and answers when the test says so.
 #[derive(Default)]
@@ -20,6 +22,8 @@ struct Model {
     active: Option<Activation>,
     refuse_activate: bool,
     refuse_reset: bool,
+    busy: bool,
+    config: Option<u8>,
 }
 
 #[derive(Clone, Default)]
@@ -61,7 +65,9 @@ impl VirtioDevice for Device {
         1 << 3
     }
     fn config(&self) -> Vec<u8> {
-        CONFIG.to_vec()
+        let mut config = CONFIG.to_vec();
+        config[0] = self.model().config.unwrap_or(config[0]);
+        config
     }
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let mut model = self.model();
@@ -72,6 +78,17 @@ impl VirtioDevice for Device {
         }
         model.active = Some(activation);
         Ok(())
+    }
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        let mut model = self.model();
+        if model.busy {
+            return Err(SuspendError::Busy);
+        }
+        let active = model.active.take();
+        let queues = active
+            .iter()
+            .flat_map(|active| active.queues.iter().flatten());
+        Ok(positions(queues))
     }
     fn reset(&mut self) -> Result<(), DeviceError> {
         let mut model = self.model();
@@ -208,7 +225,7 @@ fn the_interrupt_of_an_earlier_life_is_silent() {
 fn settings_after_driver_ok_change_nothing_that_the_device_uses() {
     // B2.2, CVE-2026-5747, by the BAR.
     let (mut driver, device) = up();
-    let before = driver.transport.state().device.queues().to_vec();
+    let before = driver.transport.transport_state().device.queues().to_vec();
     for queue in 0..3 {
         driver.write(driver.common, 0x16, 2, queue);
         driver.write(driver.common, 0x18, 2, 4);
@@ -217,7 +234,7 @@ fn settings_after_driver_ok_change_nothing_that_the_device_uses() {
         }
         driver.write(driver.common, 0x1c, 2, 0);
     }
-    assert_eq!(driver.transport.state().device.queues(), before);
+    assert_eq!(driver.transport.transport_state().device.queues(), before);
     driver.add(0, &[Buffer::Readable(b"x")]);
     assert_eq!(device.serve().unwrap(), 1);
     assert!(driver.used(0).is_some());
@@ -501,6 +518,9 @@ impl VirtioDevice for Busy {
         }));
         Ok(())
     }
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        Err(SuspendError::Busy)
+    }
     fn reset(&mut self) -> Result<(), DeviceError> {
         self.stop.store(true, std::sync::atomic::Ordering::SeqCst);
         if let Some(worker) = self.worker.take() {
@@ -551,6 +571,9 @@ fn queues_that_no_transport_can_offer_are_refused() {
         fn activate(&mut self, _: Activation) -> Result<(), DeviceError> {
             Ok(())
         }
+        fn suspend(&mut self) -> Result<Positions, SuspendError> {
+            Ok(Positions::new())
+        }
         fn reset(&mut self) -> Result<(), DeviceError> {
             Ok(())
         }
@@ -590,7 +613,7 @@ proptest! {
             driver.read(driver.common, offset, width);
         }
         let model = device.model();
-        let state = driver.transport.state().device;
+        let state = driver.transport.transport_state().device;
         prop_assert!(!state.live() || refuse.0 || model.active.is_some() || state.status() & 0xc0 != 0);
         prop_assert!(model.activations <= model.resets + 1);
     }

@@ -17,6 +17,8 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::state::QueueSettings;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// A chain of descriptors that the driver made available, not yet looked at; [`ActiveQueue::open`] does.
 pub type Chain = DescriptorChain<GuestMemory>;
@@ -82,6 +84,27 @@ impl From<BadChain> for Broken {
     fn from(_: BadChain) -> Broken {
         Broken
     }
+}
+
+/// Where a device stands in the rings of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueuePosition {
+    /// Index in the available ring of the chain to take next.
+    pub next_available: u16,
+    /// Index in the used ring of the chain to give back next.
+    pub next_used: u16,
+}
+
+/// Where a device stands in its queues, by their numbers. One that is not enabled, or that the driver broke, is missing.
+pub type Positions = BTreeMap<u16, QueuePosition>;
+
+/// Where the device stands in these queues.
+pub(crate) fn positions<'q>(queues: impl IntoIterator<Item = &'q ActiveQueue>) -> Positions {
+    let queues = queues.into_iter();
+    queues
+        .map(|queue| (queue.index, queue.position()))
+        .collect()
 }
 
 /// A queue between DRIVER_OK and reset.
@@ -165,9 +188,19 @@ impl ActiveQueue {
         self.queue.size()
     }
 
-    /// Where the device stands in the available and the used ring.
-    pub fn positions(&self) -> (u16, u16) {
-        (self.queue.next_avail(), self.queue.next_used())
+    /// Where the device stands.
+    pub fn position(&self) -> QueuePosition {
+        QueuePosition {
+            next_available: self.queue.next_avail(),
+            next_used: self.queue.next_used(),
+        }
+    }
+
+    /// Goes on from `position`, of which the driver was told all that was used. One that cannot be breaks the queue when it is served.
+    pub fn go_on_at(&mut self, position: QueuePosition) {
+        self.queue.set_next_avail(position.next_available);
+        self.queue.set_next_used(position.next_used);
+        self.told = position.next_used;
     }
 
     /// The next available chain, if there is one.

@@ -16,6 +16,8 @@
 //! write that breaks these rules is dropped and counted. Vectors stay free after DRIVER_OK because section
 //! 4.1.5.1.2 sets no end to it and a vector is only an index that is looked up.
 
+use crate::state::Foreign;
+use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 /// `VIRTIO_CONFIG_S_*`, the bits of the device status (section 2.1).
@@ -74,7 +76,8 @@ pub enum Effect {
 }
 
 /// What the driver set for one queue.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct QueueSettings {
     /// The largest size, a power of two.
     pub max_size: u16,
@@ -107,7 +110,8 @@ impl QueueSettings {
 }
 
 /// The state of one device as its driver sees it. Plain data.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct DeviceState {
     offered: u64,
     vectors: u16,
@@ -159,6 +163,55 @@ impl DeviceState {
                 .collect(),
             refused: 0,
         }
+    }
+
+    /// Takes the state of another device of the same features, queues and vectors.
+    ///
+    /// # Errors
+    /// It was of others, or what it says cannot be.
+    pub fn restore(&mut self, state: &DeviceState) -> Result<(), Foreign> {
+        let alike = |a: &QueueSettings, b: &QueueSettings| a.max_size == b.max_size;
+        if state.offered != self.offered {
+            return Err(Foreign("features"));
+        }
+        let mut pairs = state.queues.iter().zip(&self.queues);
+        if state.queues.len() != self.queues.len() || !pairs.all(|(a, b)| alike(a, b)) {
+            return Err(Foreign("queues"));
+        }
+        if state.vectors != self.vectors || !state.vectors_exist() {
+            return Err(Foreign("vectors"));
+        }
+        if !state.possible() {
+            return Err(Foreign("status"));
+        }
+        self.clone_from(state);
+        Ok(())
+    }
+
+    fn vectors_exist(&self) -> bool {
+        let queues = self.queues.iter().map(|queue| queue.vector);
+        let mut all = queues.chain([self.config_vector]);
+        all.all(|vector| self.valid_vector(vector) == vector)
+    }
+
+    /// Whether a driver can have brought it there.
+    fn possible(&self) -> bool {
+        use status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK, NEEDS_RESET};
+        let steps = self.status & !(NEEDS_RESET | FAILED);
+        let agreed = steps & FEATURES_OK != 0;
+        let in_order = [0, 1, 3, 0x0b, 0x0f].contains(&steps);
+        debug_assert_eq!(0x0f, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+        let sizes = |queue: &QueueSettings| {
+            queue.size.is_power_of_two()
+                && queue.size <= queue.max_size
+                && (agreed || !queue.enabled)
+        };
+        let live = match self.dead {
+            // It could not be reset, and may be at work.
+            true => self.status & FAILED != 0 && steps == 0,
+            false => self.active == (steps & DRIVER_OK != 0),
+        };
+        in_order && live && (!agreed || self.features_legal()) && self.queues.iter().all(sizes)
     }
 
     /// The status register.

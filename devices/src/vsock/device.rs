@@ -8,12 +8,16 @@ use super::connection::{Connection, Verdict};
 use super::packet::{Op, Packet, Ports, ResetReply};
 use super::queues::{Queues, VsockCounters};
 use super::stream::{HostSocket, NotAStream};
-use super::table::{FIRST_HOST_PORT, PeerId, Table, Timeouts};
+use super::table::{PeerId, Table, Timeouts};
 use super::{CLOSE_TIMEOUT_MS, CONNECT_TIMEOUT_MS};
 use crate::counters::Counters;
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
-use crate::virtio::device::{Activation, DeviceError, VirtioDevice};
-use crate::virtio::queue::ServeError;
+use crate::state::Foreign;
+use crate::virtio::device::{
+    Activation, DeviceData, DeviceError, RestoreError, SuspendError, VirtioDevice,
+};
+use crate::virtio::queue::{Positions, ServeError};
+use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -54,8 +58,8 @@ pub trait HostSide: Send {
 /// Why the host's connection was not made; its fd is closed.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectRefused {
-    /// No driver uses the device (yet, or since its reset).
-    #[error("the guest has no vsock driver running")]
+    /// No driver uses the device (yet, or since its reset), or the VM is paused.
+    #[error("the guest has no vsock driver running, or is paused")]
     NotReady,
     /// All connections are in use.
     #[error("vsock has {max} connections already", max = super::MAX_CONNECTIONS)]
@@ -68,24 +72,18 @@ pub enum ConnectRefused {
     Watch(#[source] std::io::Error),
 }
 
-/// What of the device outlives its connections: plain data, for a snapshot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What of the device outlives its connections: plain data. Connections are the sockets of one process; whoever takes this state over
+/// tells the driver that they are gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct VsockState {
     /// The guest's context id.
-    pub guest_cid: u64,
+    guest_cid: u64,
     /// Where the search for a free host port goes on, so that a restored guest does not meet the ports of
     /// connections that it remembers.
-    pub next_host_port: u32,
-}
-
-impl VsockState {
-    /// That of a device which no guest has used.
-    pub fn fresh(guest_cid: u64) -> VsockState {
-        VsockState {
-            guest_cid,
-            next_host_port: FIRST_HOST_PORT,
-        }
-    }
+    next_host_port: u32,
+    /// The driver is still to be told that the connections before are gone.
+    owes_reset_event: bool,
 }
 
 /// The device, as the transport holds it.
@@ -100,12 +98,12 @@ pub struct VsockDevice {
 pub struct VsockHandle(Weak<Mutex<Core>>);
 
 impl VsockDevice {
-    /// A device for the guest `state.guest_cid` that works on `event_loop`.
+    /// A device for the guest `guest_cid` that works on `event_loop`.
     ///
     /// # Errors
     /// No timer or eventfd could be had, or watched.
     pub fn new(
-        state: VsockState,
+        guest_cid: u64,
         event_loop: Arc<dyn EventLoop>,
         host: Box<dyn HostSide>,
     ) -> Result<VsockDevice, DeviceError> {
@@ -113,11 +111,11 @@ impl VsockDevice {
             connect: Duration::from_millis(CONNECT_TIMEOUT_MS),
             close: Duration::from_millis(CLOSE_TIMEOUT_MS),
         };
-        VsockDevice::with_timeouts(state, event_loop, host, timeouts)
+        VsockDevice::with_timeouts(guest_cid, event_loop, host, timeouts)
     }
 
     pub(super) fn with_timeouts(
-        state: VsockState,
+        guest_cid: u64,
         event_loop: Arc<dyn EventLoop>,
         host: Box<dyn HostSide>,
         timeouts: Timeouts,
@@ -134,10 +132,10 @@ impl VsockDevice {
         let core = Arc::new_cyclic(|me| {
             Mutex::new(Core {
                 me: me.clone(),
-                guest_cid: state.guest_cid,
+                guest_cid,
                 event_loop,
                 host,
-                table: Table::new(LAST_TOKEN, state.next_host_port, timeouts),
+                table: Table::new(LAST_TOKEN, timeouts),
                 resets: VecDeque::new(),
                 queues: None,
                 timer,
@@ -146,13 +144,14 @@ impl VsockDevice {
                 tx_due: false,
                 owes_reset_event: false,
                 forgotten: false,
+                suspended: Vec::new(),
                 counters: counters.clone(),
             })
         });
         // From here on its drop forgets what is watched.
         let device = VsockDevice {
             core,
-            guest_cid: state.guest_cid,
+            guest_cid,
             counters,
         };
         for (fd, token) in [(timer_fd, TOKEN_TIMER), (resume_fd, TOKEN_RESUME)] {
@@ -228,6 +227,38 @@ impl VirtioDevice for VsockDevice {
         Ok(())
     }
 
+    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        Ok(self.core().suspend())
+    }
+
+    /// The connections go on, too.
+    fn resume(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        self.activate(activation)?;
+        self.core().watch_again();
+        Ok(())
+    }
+
+    fn data(&self) -> DeviceData {
+        let core = self.core();
+        DeviceData::Vsock(VsockState {
+            guest_cid: core.guest_cid,
+            next_host_port: core.table.next_host_port(),
+            owes_reset_event: core.owes_reset_event,
+        })
+    }
+
+    fn restore(&mut self, data: &DeviceData) -> Result<(), RestoreError> {
+        let mut core = self.core();
+        match data {
+            DeviceData::Vsock(state) if state.guest_cid == core.guest_cid => {
+                core.table.go_on_at(state.next_host_port);
+                core.owes_reset_event = true;
+                Ok(())
+            }
+            _ => Err(Foreign("context id").into()),
+        }
+    }
+
     fn reset(&mut self) -> Result<(), DeviceError> {
         let mut core = self.core();
         core.release_queues();
@@ -249,25 +280,16 @@ impl VsockHandle {
         core.connect(port, host)
     }
 
-    /// Tells the driver that all its connections are gone (section 5.10.6.7), and drops them: for a guest that
-    /// was restored from a snapshot. Told as soon as a driver runs that has a buffer for it.
-    pub fn reset_transport(&self) {
+    /// Tells the driver that all its connections are gone (section 5.10.6.7), and drops them, as a device does that was
+    /// restored. Told as soon as a driver runs that has a buffer for it.
+    #[cfg(test)]
+    pub(super) fn reset_transport(&self) {
         if let Some(core) = self.0.upgrade() {
             let mut core = lock(&core);
             core.forgotten = true;
             core.owes_reset_event = true;
             core.work();
         }
-    }
-
-    /// What a snapshot keeps of the device; `None` if the device is gone.
-    pub fn state(&self) -> Option<VsockState> {
-        let core = self.0.upgrade()?;
-        let core = lock(&core);
-        Some(VsockState {
-            guest_cid: core.guest_cid,
-            next_host_port: core.table.next_host_port(),
-        })
     }
 
     /// How many connections there are, those included whose last bytes wait for the host.
@@ -302,6 +324,8 @@ pub(super) struct Core {
     pub(super) owes_reset_event: bool,
     /// The driver reset the device: the connections are to be dropped before anything else is done.
     forgotten: bool,
+    /// Connections whose fds were watched when the device was suspended.
+    suspended: Vec<PeerId>,
     pub(super) counters: Arc<VsockCounters>,
 }
 
@@ -393,6 +417,32 @@ impl Core {
         }
     }
 
+    /// Lets go of the queues and keeps the connections, whose sockets nobody looks at meanwhile. Their deadlines run on.
+    fn suspend(&mut self) -> Positions {
+        let Some(queues) = &self.queues else {
+            return Positions::new();
+        };
+        let positions = queues.positions();
+        self.release_queues();
+        for (id, peer) in self.table.peers() {
+            if peer.watched.take().is_some() {
+                self.event_loop.forget(peer.fd());
+                self.suspended.push(id);
+            }
+        }
+        positions
+    }
+
+    /// After a suspension.
+    fn watch_again(&mut self) {
+        for id in std::mem::take(&mut self.suspended) {
+            if self.watch(id).is_err() {
+                // The kernel has no memory for it: the guest is told that it is over.
+                self.end(id, true);
+            }
+        }
+    }
+
     /// Drops the connections of a driver that has reset the device.
     fn drop_forgotten(&mut self) {
         if std::mem::take(&mut self.forgotten) {
@@ -401,6 +451,7 @@ impl Core {
     }
 
     fn drop_connections(&mut self) {
+        self.suspended.clear();
         self.resets.clear();
         for peer in self.table.drain() {
             if peer.watched.is_some() {

@@ -13,7 +13,7 @@ use crate::GuestMemory;
 use crate::counters::counters;
 use crate::virtio::chain::{Buffers, Readable, Writable};
 use crate::virtio::device::{Activation, DeviceError, Interrupt};
-use crate::virtio::queue::{ActiveQueue, BrokenQueue, ServeError};
+use crate::virtio::queue::{ActiveQueue, BrokenQueue, Positions, ServeError, positions};
 use std::io::Read;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -131,6 +131,11 @@ impl Queues {
             event: take(EVENT)?,
             counters,
         })
+    }
+
+    /// Where the device stands in them.
+    pub(super) fn positions(&self) -> Positions {
+        positions([&self.rx, &self.tx, &self.event].map(|served| &served.queue))
     }
 
     /// The fds of the driver's notifications, by token: the queue's number.

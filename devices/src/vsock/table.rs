@@ -48,9 +48,8 @@ pub(super) struct Table {
 }
 
 impl Table {
-    /// An empty table that numbers its connections above `first_id` and its host ports from
-    /// `next_host_port`.
-    pub(super) fn new(first_id: PeerId, next_host_port: u32, timeouts: Timeouts) -> Table {
+    /// An empty table that numbers its connections above `first_id`.
+    pub(super) fn new(first_id: PeerId, timeouts: Timeouts) -> Table {
         Table {
             peers: HashMap::new(),
             names: HashMap::new(),
@@ -59,7 +58,7 @@ impl Table {
             promised_bytes: 0,
             timeouts,
             last_id: first_id,
-            next_host_port: next_host_port.clamp(FIRST_HOST_PORT, LAST_HOST_PORT),
+            next_host_port: FIRST_HOST_PORT,
         }
     }
 
@@ -74,6 +73,16 @@ impl Table {
     /// The host port that the next connection made by the host gets, if it is free.
     pub(super) fn next_host_port(&self) -> u32 {
         self.next_host_port
+    }
+
+    /// Goes on to number host ports from `port`.
+    pub(super) fn go_on_at(&mut self, port: u32) {
+        self.next_host_port = port.clamp(FIRST_HOST_PORT, LAST_HOST_PORT);
+    }
+
+    /// All connections.
+    pub(super) fn peers(&mut self) -> impl Iterator<Item = (PeerId, &mut Peer)> {
+        self.peers.iter_mut().map(|(id, peer)| (*id, peer))
     }
 
     /// Names for a connection that the host makes to `guest`: no other has them.

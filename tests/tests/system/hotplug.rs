@@ -153,9 +153,19 @@ fn a_guest_is_paused_and_goes_on_and_grows_and_shrinks_when_asked() {
     let before = Ledger::now();
     let mut guest = Guest::start(1, 1, &[]);
     guest.sleeper("c1");
-    guest.control.done(&Request::Pause);
-    guest.control.done(&Request::Resume);
-    assert_eq!(guest.exec("c1", "nproc"), "1");
+    let numbers: Vec<String> = (1..=20_000).map(|number: u32| number.to_string()).collect();
+    for _ in 0..5 {
+        // Each time all devices let go of their queues, and streams of before and new ones go on.
+        guest.control.done(&Request::Pause);
+        guest.control.done(&Request::Resume);
+        assert_eq!(guest.exec("c1", "seq 1 20000"), numbers.join("\n"));
+    }
+    assert!(
+        state(&mut guest)
+            .devices
+            .iter()
+            .all(|device| !device.broken)
+    );
     let boot = state(&mut guest).memory.boot_mib;
     for (mib, plugged, balloon) in [
         (boot + 128, 128, 0),

@@ -38,7 +38,7 @@ pub struct Attachments {
 pub(super) enum Answer {
     /// It is done.
     Reply(Reply),
-    /// It is done when the vCPUs have paused.
+    /// It is done when the vCPUs and the devices have paused.
     Pausing,
     /// The VM ends.
     Stop,
@@ -72,7 +72,7 @@ impl Attachments {
                 return Answer::Pausing;
             }
             Request::Resume => {
-                machine.vcpus.resume();
+                machine.resume();
                 Ok(Reply::Done)
             }
             Request::Stop => return Answer::Stop,

@@ -6,7 +6,8 @@ mod serving;
 
 use super::*;
 use crate::event::Poller;
-use crate::testing::{Buffer, Driver, RawDescriptor, WAIT_MS};
+use crate::testing::{Buffer, Driver, RawDescriptor, WAIT_MS, written_down};
+use crate::virtio::device::SuspendError;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -103,13 +104,7 @@ impl Guest {
         read_only: bool,
         features: u64,
     ) -> Guest {
-        let setup = DiskSetup {
-            file: file.try_clone().unwrap(),
-            read_only,
-            queues: 2,
-            id: "disk-of-a-test".into(),
-        };
-        let disk = Disk::new(setup, io, poller.clone()).expect("a disk");
+        let disk = disk(io, &poller, &file, read_only);
         let mut driver = Driver::new(Box::new(disk));
         driver.negotiate(driver.offered() & features);
         for queue in 0..2 {
@@ -178,6 +173,16 @@ impl Guest {
         self.file.read_exact_at(&mut bytes, at).expect("the file");
         bytes
     }
+}
+
+fn disk(io: Arc<DiskIo>, poller: &Arc<Poller>, file: &File, read_only: bool) -> Disk {
+    let setup = DiskSetup {
+        file: file.try_clone().unwrap(),
+        read_only,
+        queues: 2,
+        id: "disk-of-a-test".into(),
+    };
+    Disk::new(setup, io, poller.clone()).expect("a disk")
 }
 
 /// A request's first bytes.

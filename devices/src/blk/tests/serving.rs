@@ -239,3 +239,36 @@ fn a_queue_that_finds_no_room_is_served_when_there_is() {
         }
     }
 }
+
+#[test]
+fn a_disk_stands_still_when_what_is_under_way_has_ended_and_then_goes_on() {
+    let poller = Arc::new(Poller::new().unwrap());
+    let Some(io) = idle_engine(EngineKind::Threads, &poller) else {
+        return;
+    };
+    let mut guest = Guest::with(io.clone(), poller, file(64 * SECTOR), false, ALL);
+    let request = [&header(OUT, 3)[..], &[9; SECTOR]].concat();
+    guest
+        .driver
+        .add(0, &[Buffer::Readable(&request), Buffer::Writable(1)]);
+    guest.driver.kick(0);
+    guest.poller.turn(Some(Duration::ZERO)).unwrap();
+    let suspended = guest.driver.transport.suspend();
+    assert!(matches!(suspended, Err(SuspendError::Busy)));
+    io.start(&seal()).unwrap();
+    // Nothing is lost of a request that was under way.
+    let used = guest.driver.wait_used(0, Some(&guest.poller));
+    assert_eq!(used.data, [OK]);
+    assert_eq!(guest.on_host(3, 1), [9; SECTOR]);
+    let watched = guest.poller.watched();
+    let state = written_down(&guest.driver);
+    assert_eq!(guest.poller.watched(), watched - 2, "its kicks");
+    guest.driver.transport.resume();
+    assert_eq!(guest.status(OUT, 4, &[8; SECTOR], 0), OK);
+    // In another process, which goes on where the state was written down, the driver is asked the same once more.
+    let state_now = written_down(&guest.driver);
+    assert_ne!(state, state_now);
+    let disk = disk(io, &guest.poller, &guest.file, false);
+    guest.driver.carry_over(Box::new(disk), &state_now);
+    assert_eq!(guest.ask(IN, 4, &[], SECTOR).2, [8; SECTOR]);
+}

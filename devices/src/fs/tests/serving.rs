@@ -422,3 +422,36 @@ fn what_did_not_change_stays_in_the_guests_cache() {
     assert_eq!(open_flags(&mut guest, node, libc::O_RDONLY), no_flush);
     assert_eq!(open_flags(&mut guest, node, libc::O_RDWR), 0);
 }
+
+#[test]
+fn a_mounted_share_goes_on_after_a_suspension() {
+    needs_root!();
+    let dir = Dir::new();
+    let mut guest = Guest::mounted(&dir);
+    let (file, fh) = guest.create(1, "file", 0o600).unwrap();
+    for round in 0..20u64 {
+        let state = written_down(&guest.driver);
+        guest.driver.transport.resume();
+        assert_eq!(guest.write(file.node, fh, 2 * round, b"ab"), Ok(2));
+        // The host's files behind the numbers that this guest knows are not part of it.
+        let other = Driver::new(Box::new(
+            spawn_share_threads(setup(tree_of(&dir.0))).unwrap(),
+        ));
+        let refused = other.transport.restore(&state).unwrap_err();
+        assert!(matches!(refused, RestoreError::Mounted(_)));
+    }
+    assert_eq!(dir.read("file"), b"ab".repeat(20));
+}
+
+#[test]
+fn a_share_that_is_not_mounted_can_be_taken_over_and_mounted_in_another_process() {
+    needs_root!();
+    let dir = Dir::new();
+    dir.write("there", b"");
+    let mut guest = Guest::new(setup(tree_of(&dir.0)));
+    let state = written_down(&guest.driver);
+    let other = spawn_share_threads(setup(tree_of(&dir.0))).unwrap();
+    guest.driver.carry_over(Box::new(other), &state);
+    guest.init();
+    guest.lookup(1, "there").unwrap();
+}

@@ -9,7 +9,7 @@ mod serving;
 
 use super::*;
 use crate::event::Poller;
-use crate::testing::{Buffer, Driver, RawDescriptor, Used, WAIT_MS};
+use crate::testing::{Buffer, Driver, RawDescriptor, Used, WAIT_MS, written_down};
 use host::{GUEST, HOST, mac, taps};
 use std::collections::BTreeMap;
 use std::net::UdpSocket;

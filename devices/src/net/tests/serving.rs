@@ -259,3 +259,60 @@ fn the_configuration_space_tells_what_there_is() {
     assert_eq!(config[8..12], [4, 0, 0x28, 0x23]);
     assert_eq!(guest.driver.queue_count(), 9);
 }
+
+#[test]
+fn buffers_that_were_lent_are_filled_after_a_suspension_and_packets_meanwhile_are_not_lost() {
+    let Some(mut guest) = Guest::new(1, MTU, MRG_RXBUF | STATUS) else {
+        return;
+    };
+    guest.lend(RECEIVE, 8, 2048);
+    guest.send(b"before");
+    assert_eq!(text(&guest.received(RECEIVE).data), b"before");
+    written_down(&guest.driver);
+    guest.send(b"meanwhile");
+    guest.settle();
+    assert_eq!(guest.driver.used_index(RECEIVE), 1);
+    guest.driver.transport.resume();
+    assert_eq!(text(&guest.received(RECEIVE).data), b"meanwhile");
+    let packet = guest.packet(b"to the host");
+    guest.driver.add(TRANSMIT, &[Buffer::Readable(&packet)]);
+    guest.driver.kick(TRANSMIT);
+    guest.received(TRANSMIT);
+    assert_eq!(guest.heard(), b"to the host");
+    for _ in 0..6 {
+        guest.send(b"the rest");
+        assert_eq!(text(&guest.received(RECEIVE).data), b"the rest");
+    }
+    guest.settle();
+}
+
+#[test]
+fn a_cable_pulled_during_a_suspension_is_told_after_it() {
+    let Some(guest) = Guest::new(1, MTU, MRG_RXBUF | STATUS) else {
+        return;
+    };
+    guest.driver.transport.suspend().unwrap();
+    guest.link.set(false);
+    assert_eq!(guest.driver.config_interrupts(), 0);
+    let state = guest.driver.transport.state().unwrap();
+    guest.driver.transport.resume();
+    assert_eq!(guest.driver.config_interrupts(), 1);
+    let json = serde_json::to_value(&state).unwrap();
+    let known = serde_json::json!({"net": {"pairs": 1, "up": false}});
+    assert_eq!(json["data"], known);
+}
+
+#[test]
+fn a_card_uses_as_many_pairs_after_a_suspension_as_before() {
+    let Some(mut guest) = Guest::new(2, MTU, MRG_RXBUF | CTRL_VQ | MQ) else {
+        return;
+    };
+    assert_eq!(guest.command(4, &[4, 0, 2, 0]), 0);
+    let state = written_down(&guest.driver);
+    let json = serde_json::to_value(&state).unwrap();
+    assert_eq!(json["data"]["net"]["pairs"], 2);
+    guest.driver.transport.resume();
+    assert_eq!(guest.command(4, &[4, 0, 1, 0]), 0);
+    let json = serde_json::to_value(written_down(&guest.driver)).unwrap();
+    assert_eq!(json["data"]["net"]["pairs"], 1);
+}

@@ -1,8 +1,10 @@
 //! Ends: each half, each order, each side, in time and out of it.
 
 use super::guest::*;
+use crate::testing::{Buffer, Driver, written_down};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 fn up() -> Guest {
@@ -225,12 +227,9 @@ fn a_driver_that_is_back_before_the_loop_turned_meets_no_old_connection() {
 
 #[test]
 fn a_transport_reset_drops_all_connections_and_tells_the_driver() {
-    use crate::testing::Buffer;
     let mut guest = up();
     let mut host = guest.dial(1024, 7);
-    let before = guest.handle.state().unwrap();
     guest.connected(1025);
-    assert_ne!(guest.handle.state().unwrap(), before);
     guest.handle.reset_transport();
     assert_eq!(read_now(&mut host), (vec![], true));
     idle(&mut guest);
@@ -261,6 +260,66 @@ fn a_device_that_is_gone_leaves_nothing_watched() {
     drop(driver);
     assert_eq!(poller.watched(), 0);
     assert_eq!(read_now(&mut host), (vec![], true));
-    assert_eq!(handle.state(), None);
     assert!(handle.connect(1, host.into()).is_err());
+}
+
+#[test]
+fn connections_outlive_a_suspension_in_which_nobody_looks_at_them() {
+    let mut guest = up();
+    let mut host = guest.dial(1024, 7);
+    let (ours, port) = guest.connected(1025);
+    guest.driver.transport.suspend().unwrap();
+    host.write_all(b"to the guest").unwrap();
+    drop(ours);
+    guest.driver.add(
+        TX,
+        &[
+            Buffer::Readable(&Wire::data(1024, 7, b"to the host").header()),
+            Buffer::Readable(b"to the host"),
+        ],
+    );
+    guest.settle();
+    assert_eq!(guest.poller.watched(), 2, "timer and resumption");
+    assert!(
+        guest
+            .handle
+            .connect(9, UnixStream::pair().unwrap().0.into())
+            .is_err()
+    );
+    guest.driver.transport.resume();
+    let packets = guest.receive_all();
+    let of_port = |host: u32| packets.iter().filter(move |packet| packet.src_port == host);
+    let payload: Vec<u8> = of_port(1024).flat_map(|p| p.payload.clone()).collect();
+    assert_eq!(payload, b"to the guest");
+    let ops: Vec<u16> = of_port(port).map(|packet| packet.op).collect();
+    assert_eq!(ops, [SHUTDOWN]);
+    assert_eq!(read_now(&mut host), (b"to the host".to_vec(), false));
+}
+
+#[test]
+fn a_driver_in_another_process_is_told_that_its_connections_are_gone() {
+    let mut guest = up();
+    let _host = guest.dial(1024, 7);
+    let (_, first) = guest.connected(1025);
+    guest.driver.add(EVENT, &[Buffer::Writable(4)]);
+    let state = written_down(&guest.driver);
+    let other = Guest::fresh(guest.poller.clone());
+    guest.handle = other.handle();
+    guest.driver.carry_over(Box::new(other), &state);
+    guest.settle();
+    let event = guest.driver.used(EVENT).expect("an event");
+    assert_eq!(event.data, [0; 4]);
+    assert!(guest.ops().is_empty());
+    let (_, next) = guest.connected(1025);
+    assert_eq!(next, first + 1, "no port that the driver may remember");
+}
+
+#[test]
+fn the_state_of_another_guest_is_not_taken_over() {
+    let guest = up();
+    let mut json = serde_json::to_value(written_down(&guest.driver)).unwrap();
+    json["data"]["vsock"]["guest_cid"] = 4.into();
+    let state = serde_json::from_value(json).unwrap();
+    let other = Driver::new(Box::new(Guest::fresh(guest.poller.clone())));
+    assert!(other.transport.restore(&state).is_err());
 }

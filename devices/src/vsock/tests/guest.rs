@@ -3,7 +3,7 @@
 use crate::event::Poller;
 use crate::testing::{Buffer, Driver};
 use crate::vsock::table::Timeouts;
-use crate::vsock::{HostSide, VsockDevice, VsockHandle, VsockState};
+use crate::vsock::{HostSide, VsockDevice, VsockHandle};
 use std::collections::HashMap;
 use std::io::Read;
 use std::os::fd::OwnedFd;
@@ -156,7 +156,7 @@ impl Guest {
         let host = Host::default();
         host.open.lock().unwrap().insert(1024, u32::MAX);
         let device = VsockDevice::with_timeouts(
-            VsockState::fresh(GUEST_CID),
+            GUEST_CID,
             poller.clone(),
             Box::new(host.clone()),
             Timeouts { connect, close },
@@ -172,6 +172,11 @@ impl Guest {
             rx_bytes,
             calls: 0,
         }
+    }
+
+    /// A device that no driver has seen.
+    pub(super) fn fresh(poller: Arc<Poller>) -> VsockDevice {
+        VsockDevice::new(GUEST_CID, poller, Box::new(Host::default())).unwrap()
     }
 
     /// Turns the loop until nobody is ready. Panics if that never comes.
