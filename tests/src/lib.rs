@@ -8,6 +8,7 @@ pub mod bench;
 pub mod bundle;
 pub mod capsid;
 pub mod control;
+pub mod cost;
 pub mod guest;
 pub mod ledger;
 pub mod pty;

@@ -2,6 +2,8 @@
 //!
 //! Each test boots VMs of its own. Run them one at a time (`--test-threads=1`): the ledger counts the host.
 
+#[path = "system/budget.rs"]
+mod budget;
 #[path = "system/cpus.rs"]
 mod cpus;
 #[path = "system/disks.rs"]

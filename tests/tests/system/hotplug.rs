@@ -20,7 +20,7 @@ const FIRST_DISK: &str = "0000:00:06.0";
 /// How long a guest may take to give memory back or to take it.
 const RESIZE_TIMEOUT: Duration = Duration::from_secs(120);
 
-fn disk(pci_address: &str, id: &str) -> DiskRequest {
+pub(crate) fn disk(pci_address: &str, id: &str) -> DiskRequest {
     DiskRequest {
         pci_address: pci_address.to_owned(),
         id: id.to_owned(),
