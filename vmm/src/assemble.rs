@@ -9,6 +9,7 @@ use crate::board::{Board, BoardError};
 use crate::boot::{self, BootError, Entry, Guest};
 use crate::control::{Attachments, Control, ControlError};
 use crate::end::{End, Ends};
+use crate::faults::FaultLines;
 use crate::inherit::Inherited;
 use crate::jail::{self, JailError};
 use crate::kvm::vcpu::Vcpu;
@@ -334,6 +335,8 @@ fn add_disks(
     }
     let io = DiskIo::new(EngineKind::Best, poller.as_ref())
         .map_err(host("make the event of the disks"))?;
+    let lines = FaultLines::default();
+    io.on_fault(Box::new(move |fault| lines.note(fault)));
     for (disk, file) in config.disks.iter().zip(files) {
         let setup = DiskSetup {
             file,

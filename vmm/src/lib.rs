@@ -18,6 +18,7 @@ pub mod board;
 pub mod boot;
 pub mod control;
 pub mod end;
+pub mod faults;
 pub mod inherit;
 pub mod jail;
 pub mod kvm;

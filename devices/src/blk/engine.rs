@@ -4,6 +4,7 @@
 //! away with the call and gets them back with the result, on the event loop. At most [`IN_FLIGHT_MAX`] calls are under way for
 //! all disks together, [`DISK_IN_FLIGHT_MAX`] of one; beyond that a disk leaves its queue alone and is kicked when there is room again.
 
+use super::fault::{DiskFault, OnFault};
 use super::ring::Ring;
 use super::vectors::{RawVectors, Vectors};
 use super::work::Call;
@@ -14,7 +15,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Most disks of one VM.
@@ -130,6 +131,7 @@ pub struct DiskIo {
     event: Arc<EventFd>,
     table: Mutex<Table>,
     left: AtomicBool,
+    on_fault: OnceLock<OnFault>,
 }
 
 /// Which engine to take.
@@ -164,6 +166,7 @@ impl DiskIo {
             event,
             table: Mutex::new(table),
             left: AtomicBool::new(false),
+            on_fault: OnceLock::new(),
         });
         let interest = Interest {
             readable: true,
@@ -183,6 +186,17 @@ impl DiskIo {
         match &self.backend {
             Backend::Ring(_) => Ok(()),
             Backend::Workers(workers) => workers.start(seal),
+        }
+    }
+
+    /// Who is told of faults of all disks. The first one is; without one nobody is.
+    pub fn on_fault(&self, told: OnFault) {
+        let _another_is = self.on_fault.set(told);
+    }
+
+    pub(super) fn failed(&self, fault: &DiskFault<'_>) {
+        if let Some(told) = self.on_fault.get() {
+            told(fault);
         }
     }
 

@@ -8,14 +8,16 @@
 //! | `vectors.rs` | the driver's buffers for as long as the kernel works on them |
 //! | `engine.rs`, `ring.rs`, `workers.rs` | where the calls are made: io_uring, or threads |
 //! | `backing.rs` | what can be a disk |
+//! | `fault.rs` | what went wrong on the host's side |
 //! | `device.rs` | the device: features, configuration space, activation, reset |
 //!
 //! Trusts the owner's file to be the guest's own. Refuses every request that is not wholly inside the disk, and every change
-//! of a read-only one. A host that fails is an IOERR to the guest and nothing else.
+//! of a read-only one. A host that fails is an IOERR to the guest and a [`DiskFault`] to whoever runs the host.
 
 mod backing;
 mod device;
 mod engine;
+mod fault;
 mod request;
 mod ring;
 mod server;
@@ -26,6 +28,7 @@ mod workers;
 pub use backing::BackingError;
 pub use device::{DISK_QUEUES_MAX, Disk, DiskError, DiskSetup};
 pub use engine::{DISKS_MAX, DiskIo, EngineKind};
+pub use fault::{DiskFault, OnFault};
 pub use request::ID_BYTES as DISK_ID_BYTES;
 pub use workers::Seal;
 

@@ -4,6 +4,7 @@
 //! by a number of our own and given up by its completion alone.
 
 use super::engine::{Client, DiskIo, Done, NoRoom};
+use super::fault::DiskFault;
 use super::request::{ID_BYTES, Limits, Request, Status};
 use super::vectors::Vectors;
 use super::work::{Call, Work};
@@ -104,6 +105,15 @@ pub(super) struct Terms {
     /// What GET_ID answers, padded with NUL.
     pub(super) id: [u8; ID_BYTES],
     pub(super) counters: Arc<DiskCounters>,
+}
+
+impl Terms {
+    /// The id without its padding.
+    fn name(&self) -> &str {
+        // Printable ASCII: see `Disk::new`.
+        let id = std::str::from_utf8(&self.id).unwrap_or_default();
+        id.trim_end_matches('\0')
+    }
 }
 
 /// A request under way.
@@ -303,7 +313,14 @@ impl Server {
         let written = answer(&ended.status, status, data, ended.room);
         match status {
             Status::Ok => self.terms.counters.done(ended.tally),
-            _ => self.terms.counters.failed(status),
+            _ => {
+                self.terms.counters.failed(status);
+                let errno = result.err();
+                self.io.failed(&DiskFault {
+                    id: self.terms.name(),
+                    errno,
+                });
+            }
         }
         match lane.queue.push_used(&self.memory, ended.head, written) {
             Ok(()) => Some(ended.queue),

@@ -2,7 +2,7 @@
 
 use capsid_tests::bundle::Scratch;
 use capsid_tests::ledger::Ledger;
-use capsid_tests::vmm::{Disk, Ended, run_script};
+use capsid_tests::vmm::{Disk, Ended, Guest, run_script};
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
@@ -168,4 +168,85 @@ fn sixty_four_disks_are_there_in_their_order() {
         .collect();
     assert_eq!(said(&ended), expected);
     before.balances();
+}
+
+/// A file system in memory with room for 4 MiB, until this is dropped.
+struct Full(String);
+
+impl Full {
+    fn new(scratch: &Scratch) -> Full {
+        let at = scratch.join("full");
+        std::fs::create_dir(&at).expect("a directory");
+        on_host("mount", &["-t", "tmpfs", "-o", "size=4m", "full", &at]);
+        Full(at)
+    }
+}
+
+impl Drop for Full {
+    fn drop(&mut self) {
+        on_host("umount", &[&self.0]);
+    }
+}
+
+/// What the VMM said of its disks.
+fn faults(ended: &Ended) -> Vec<&str> {
+    let lines = ended.stderr.lines();
+    lines.filter(|line| line.contains("disk \"")).collect()
+}
+
+#[test]
+fn a_host_without_room_is_an_error_in_the_guest_and_one_line() {
+    let scratch = Scratch::new("disk-full");
+    let full = Full::new(&scratch);
+    let options = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .clone();
+    let data = options.open(format!("{}/data", full.0)).expect("a file");
+    data.set_len(16 << 20).expect("its size");
+    let ended = run_script(
+        "for n in 1 2 3 4 5 6 7 8; do dd if=/bin/busybox of=/dev/vda bs=1M seek=$n count=1 oflag=direct 2>/dev/null || echo; done | wc -l > /failed\n\
+         say $(test $(cat /failed) -ge 3 && echo refused)\n\
+         say $(dd if=/dev/vda bs=1M count=1 iflag=direct 2>/dev/null | wc -c)",
+        1,
+        &[disk("data", &data)],
+        &[],
+    );
+    drop((data, full));
+    assert_eq!(said(&ended), ["refused", "1048576"]);
+    let faults = faults(&ended);
+    assert!(!faults.is_empty() && faults.len() <= 3, "{faults:?}");
+    assert!(
+        faults[0].contains("disk \"data\": No space left"),
+        "{faults:?}"
+    );
+}
+
+#[test]
+fn a_file_that_is_cut_short_or_taken_away_meanwhile_is_no_end_of_the_vm() {
+    let scratch = Scratch::new("disk-cut");
+    let (cut, gone) = (file(&scratch, "cut", 4 * MIB), file(&scratch, "gone", MIB));
+    let disks = [disk("cut", &cut), disk("gone", &gone)];
+    let guest = Guest {
+        script: "say up; until [ \"$(dd if=/dev/vdb bs=512 count=1 iflag=direct 2>/dev/null | head -c 2)\" = go ]; do usleep 20000; done\n\
+                 dd if=/dev/vda bs=1M skip=2 count=1 iflag=direct 2>/dev/null | wc -c > /read; say $(cat /read)\n\
+                 dd if=/dev/vda of=/dev/null bs=1M count=1 iflag=direct 2>/dev/null && say still there\n\
+                 dd if=/bin/busybox of=/dev/vdb bs=512 seek=1 count=1 oflag=direct 2>/dev/null && say written",
+        disks: &disks,
+        ..Guest::default()
+    };
+    let mut running = guest.start();
+    running.until_it_says("up");
+    cut.set_len(MIB as u64).expect("cut");
+    std::fs::remove_file(scratch.join("gone")).expect("taken away");
+    gone.write_all_at(b"go", 0).expect("written");
+    let ended = running.end();
+    assert_eq!(said(&ended), ["up", "0", "still there", "written"]);
+    let faults = faults(&ended);
+    assert_eq!(faults.len(), 1, "{}", ended.stderr);
+    assert!(
+        faults[0].contains("disk \"cut\": its file ends before the disk does"),
+        "{faults:?}"
+    );
 }

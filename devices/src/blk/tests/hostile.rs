@@ -67,9 +67,18 @@ fn a_file_cut_off_meanwhile_is_an_error_and_no_more() {
         let Some(mut guest) = Guest::new(kind, file(8 * SECTOR), false, ALL) else {
             return;
         };
+        let faults = Arc::<Mutex<Vec<String>>>::default();
+        let log = faults.clone();
+        guest.io.on_fault(Box::new(move |fault| {
+            log.lock().unwrap().push(fault.to_string());
+        }));
         guest.file.set_len(SECTOR as u64).unwrap();
         assert_eq!(guest.status(IN, 0, &[], SECTOR), OK);
+        assert_eq!(guest.status(IN, 8, &[], SECTOR), IOERR);
+        assert!(faults.lock().unwrap().is_empty(), "that one is the guest's");
         assert_eq!(guest.status(IN, 0, &[], 2 * SECTOR), IOERR);
+        let said = "disk \"disk-of-a-test\": its file ends before the disk does";
+        assert_eq!(*faults.lock().unwrap(), [said]);
         assert_eq!(guest.status(IN, 4, &[], SECTOR), IOERR);
         assert_eq!(guest.driver.status(), 0x0f);
         guest.file.set_len(8 * SECTOR as u64).unwrap();

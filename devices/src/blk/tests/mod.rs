@@ -12,8 +12,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
@@ -87,6 +87,7 @@ struct Guest {
     driver: Driver,
     poller: Arc<Poller>,
     file: File,
+    io: Arc<DiskIo>,
 }
 
 impl Guest {
@@ -104,7 +105,7 @@ impl Guest {
         read_only: bool,
         features: u64,
     ) -> Guest {
-        let disk = disk(io, &poller, &file, read_only);
+        let disk = disk(io.clone(), &poller, &file, read_only);
         let mut driver = Driver::new(Box::new(disk));
         driver.negotiate(driver.offered() & features);
         for queue in 0..2 {
@@ -115,6 +116,7 @@ impl Guest {
             driver,
             poller,
             file,
+            io,
         }
     }
 
