@@ -10,7 +10,7 @@ use crate::GuestMemory;
 use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
 use crate::virtio::chain::Writable;
-use crate::virtio::device::{Activation, DeviceError, Interrupt, SuspendError, VirtioDevice};
+use crate::virtio::device::{Activation, Busy, DeviceError, Interrupt, VirtioDevice};
 use crate::virtio::queue::{ActiveQueue, Positions, positions};
 use std::io::Write;
 use std::os::fd::AsRawFd;
@@ -123,7 +123,7 @@ impl VirtioDevice for Rng {
         Ok(())
     }
 
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
         Ok(positions(&self.stop()))
     }
 

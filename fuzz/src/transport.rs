@@ -2,14 +2,13 @@
 
 use arbitrary::{Result, Unstructured};
 use capsid_devices::testing::{Driver, Region, memory};
-use capsid_devices::virtio::device::{
-    Activation, DeviceError, Interrupt, SuspendError, VirtioDevice,
-};
+use capsid_devices::virtio::device::{Activation, Busy, DeviceError, Interrupt, VirtioDevice};
 use capsid_devices::virtio::pci::{BAR_BYTES, TRANSPORT_FEATURES};
 use capsid_devices::virtio::queue::Positions;
 use capsid_devices::virtio::state::{DeviceState, status};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Most accesses of one input.
 const STEPS_MAX: usize = 512;
@@ -61,7 +60,7 @@ impl VirtioDevice for Probe {
         }
     }
 
-    fn suspend(&mut self) -> std::result::Result<Positions, SuspendError> {
+    fn suspend(&mut self, _: &Arc<EventFd>) -> std::result::Result<Positions, Busy> {
         self.active = false;
         Ok(Positions::new())
     }

@@ -11,10 +11,8 @@ pub use serve::Attachments;
 
 use crate::end::End;
 use crate::machine::Machine;
-use crate::slots::Restless;
 use crate::vcpus::Vcpus;
 use capsid_devices::event::{EventLoop, Interest, Poller, Readiness, Subscriber};
-use capsid_devices::virtio::device::SuspendError;
 use capsid_protocol::control::{
     FRAME_TIMEOUT_MS, FrameLength, REQUEST_FDS_MAX, REQUEST_MAX_BYTES, Reply, Request,
 };
@@ -152,9 +150,7 @@ impl Control {
         let late = self
             .deadline()
             .is_some_and(|deadline| deadline <= Instant::now());
-        // Whatever woke the loop may have been the end of what a device waits for.
-        let devices = matches!(self.stage, Stage::Pausing(_)) && machine.vcpus.is_quiet();
-        if !self.woken.ready.swap(false, Ordering::Relaxed) && !late && !devices {
+        if !self.woken.ready.swap(false, Ordering::Relaxed) && !late {
             return None;
         }
         // An empty counter: it was the socket.
@@ -202,13 +198,9 @@ impl Control {
     /// Goes on with a pause: when the vCPUs have left the guest, the devices end what is under way and let go of its memory.
     fn pause(&mut self, machine: &Machine, late: bool) {
         let why = match machine.vcpus.is_quiet() {
-            true => match machine.slots.suspend() {
+            true => match machine.slots.suspend(machine.vcpus.quiet()) {
                 Ok(()) => return self.reply(&Reply::Done, machine),
-                Err(Restless {
-                    cause: SuspendError::Busy,
-                    ..
-                }) if !late => None,
-                Err(restless) => Some(crate::end::in_full(&restless)),
+                Err(restless) => late.then(|| crate::end::in_full(&restless)),
             },
             false => {
                 late.then(|| format!("a vCPU did not leave the guest within {PAUSE_TIMEOUT_MS} ms"))

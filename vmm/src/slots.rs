@@ -15,10 +15,11 @@ use capsid_devices::GuestMemory;
 use capsid_devices::bus::BusDevice;
 use capsid_devices::net::Link;
 use capsid_devices::pci::{FUNCTIONS, PciRoot, Place, SLOTS};
-use capsid_devices::virtio::device::{SuspendError, VirtioDevice};
+use capsid_devices::virtio::device::{Busy, VirtioDevice};
 use capsid_devices::virtio::pci::{BarAddress, InUse, NotifyAddress, TransportError, VirtioPci};
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Guest-physical address space that each PCI function gets for its BAR, in bytes.
 pub const WINDOW_BYTES: u64 = 0x8000;
@@ -122,7 +123,7 @@ pub struct Restless {
     pub id: String,
     /// Why.
     #[source]
-    pub cause: SuspendError,
+    pub cause: Busy,
 }
 
 /// All virtio devices, and room for more.
@@ -167,22 +168,25 @@ impl Slots {
     /// Has all devices let go of guest memory, while no vCPU runs.
     ///
     /// # Errors
-    /// The first one that does not stand still; those before it do.
-    pub fn suspend(&self) -> Result<(), Restless> {
+    /// One does not stand still yet, though all were asked to. `idle` is signalled when it is worth asking again.
+    pub fn suspend(&self, idle: &Arc<EventFd>) -> Result<(), Restless> {
+        let mut result = Ok(());
         for Slot {
             label, transport, ..
         } in &self.devices
         {
-            transport.suspend().map_err(|cause| Restless {
-                kind: label.kind,
-                id: label.id.clone(),
-                cause,
-            })?;
+            if let Err(cause) = transport.suspend(idle) {
+                result = Err(Restless {
+                    kind: label.kind,
+                    id: label.id.clone(),
+                    cause,
+                });
+            }
         }
-        Ok(())
+        result
     }
 
-    /// Has those that stand still go on.
+    /// Has those that stand still, or were asked to, go on.
     pub fn resume(&self) {
         for slot in &self.devices {
             slot.transport.resume();

@@ -80,7 +80,7 @@ struct Gate {
     /// The threads are wanted to wait outside the guest.
     pause: AtomicBool,
     /// Signalled when all of them do.
-    quiet: EventFd,
+    quiet: Arc<EventFd>,
 }
 
 #[derive(Default)]
@@ -105,7 +105,7 @@ impl Gate {
             changed: Condvar::new(),
             stop: AtomicBool::new(false),
             pause: AtomicBool::new(false),
-            quiet: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?,
+            quiet: Arc::new(EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?),
         })
     }
 
@@ -260,7 +260,7 @@ impl Vcpus {
     }
 
     /// Readable when a pause has been reached.
-    pub fn quiet(&self) -> &EventFd {
+    pub fn quiet(&self) -> &Arc<EventFd> {
         &self.gate.quiet
     }
 

@@ -7,7 +7,7 @@ use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest};
 use crate::state::Foreign;
 use crate::virtio::device::{
-    Activation, DeviceData, DeviceError, Listener, RestoreError, SuspendError, VirtioDevice,
+    Activation, Busy, DeviceData, DeviceError, Listener, RestoreError, VirtioDevice,
 };
 use crate::virtio::queue::Positions;
 use serde::{Deserialize, Serialize};
@@ -15,6 +15,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Device type (section 5.5.1).
 const DEVICE_TYPE: u16 = 5;
@@ -242,7 +243,7 @@ impl VirtioDevice for Balloon {
         Ok(())
     }
 
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
         self.shared.listener.set(None);
         let active = self.active.take();
         Ok(active.map(|active| active.positions()).unwrap_or_default())

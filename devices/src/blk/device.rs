@@ -8,7 +8,7 @@ use super::request::{
 use super::server::{DiskCounters, Results, Server, Terms, lock, wait_until_idle};
 use crate::counters::Counters;
 use crate::event::{EventLoop, Interest};
-use crate::virtio::device::{Activation, DeviceError, SuspendError, VirtioDevice};
+use crate::virtio::device::{Activation, Busy, DeviceError, VirtioDevice};
 use crate::virtio::queue::Positions;
 use std::fs::File;
 use std::io;
@@ -241,18 +241,19 @@ impl VirtioDevice for Disk {
         Ok(())
     }
 
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+    fn suspend(&mut self, idle: &Arc<EventFd>) -> Result<Positions, Busy> {
         let Some(active) = &self.active else {
             return Ok(Positions::new());
         };
-        let server = lock(&active.server);
-        if !server.is_idle() {
-            return Err(SuspendError::Busy);
-        }
-        let positions = server.positions();
-        drop(server);
+        let positions = lock(&active.server).hold(idle)?;
         self.active = None;
         Ok(positions)
+    }
+
+    fn keep_on(&mut self) {
+        if let Some(active) = &self.active {
+            lock(&active.server).keep_on();
+        }
     }
 
     /// Ends within [`RESET_TIMEOUT_MS`] whatever the host's disk does. If a request is under way even then, the device is of

@@ -12,7 +12,7 @@ use crate::GuestMemory;
 use crate::counters::counters;
 use crate::event::{Readiness, Subscriber};
 use crate::virtio::chain::Buffers;
-use crate::virtio::device::Interrupt;
+use crate::virtio::device::{Busy, Interrupt};
 use crate::virtio::queue::{ActiveQueue, Broken, Positions, positions};
 use rustix::io::Errno;
 use std::collections::BTreeSet;
@@ -148,6 +148,8 @@ pub(super) struct Server {
     number: u8,
     /// Told when no request is under way any more.
     idle: Arc<Condvar>,
+    /// Nothing is taken off the queues, and this one is told as well.
+    held: Option<Arc<EventFd>>,
     /// By the number that the engine hands back.
     in_flight: Vec<Option<InFlight>>,
     free: Vec<u32>,
@@ -183,6 +185,7 @@ impl Server {
             io,
             number,
             idle: Arc::default(),
+            held: None,
             in_flight: Vec::new(),
             free: Vec::new(),
         }
@@ -209,14 +212,27 @@ impl Server {
         self.in_flight.len() == self.free.len()
     }
 
-    /// Where it stands in its queues.
-    pub(super) fn positions(&self) -> Positions {
-        positions(self.lanes.iter().flatten().map(|lane| &lane.queue))
+    /// Takes no more requests; where it stands in its queues.
+    ///
+    /// # Errors
+    /// Some are under way. `idle` is signalled when none is.
+    pub(super) fn hold(&mut self, idle: &Arc<EventFd>) -> Result<Positions, Busy> {
+        if self.is_idle() {
+            let lanes = self.lanes.iter().flatten();
+            return Ok(positions(lanes.map(|lane| &lane.queue)));
+        }
+        self.held = Some(idle.clone());
+        Err(Busy)
+    }
+
+    /// Takes requests again.
+    pub(super) fn keep_on(&mut self) {
+        self.held = None;
     }
 
     /// Takes requests off a queue: as many as it is long, then others get their turn.
     fn serve(&mut self, index: usize) -> Result<(), Broken> {
-        let Some(Some(lane)) = self.lanes.get_mut(index) else {
+        let (Some(Some(lane)), None) = (self.lanes.get_mut(index), &self.held) else {
             return Ok(());
         };
         let mut left = lane.queue.size();
@@ -371,6 +387,10 @@ impl Client for Results {
         }
         if server.is_idle() {
             server.idle.notify_all();
+            if let Some(held) = &server.held {
+                // Fails only when the counter is full, and then the fd is readable anyway.
+                let _ = held.write(1);
+            }
         }
     }
 }

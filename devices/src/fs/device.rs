@@ -7,7 +7,7 @@ use super::threads::Pool;
 use crate::counters::Counters;
 use crate::state::Foreign;
 use crate::virtio::device::{
-    Activation, DeviceData, DeviceError, RestoreError, SuspendError, VirtioDevice,
+    Activation, Busy, DeviceData, DeviceError, RestoreError, VirtioDevice,
 };
 use crate::virtio::queue::Positions;
 use nix::sys::signal::SigSet;
@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
+use vmm_sys_util::eventfd::EventFd;
 
 /// Device type 26: file system.
 const DEVICE_TYPE: u16 = 26;
@@ -32,8 +33,6 @@ pub const SHARE_THREADS: usize = 4;
 const THREAD_STACK_BYTES: usize = 256 * 1024;
 /// How long a reset waits for requests that the host's file system holds up.
 const RESET_TIMEOUT_MS: u64 = 2_000;
-/// How long a suspension waits for them.
-const SUSPEND_TIMEOUT_MS: u64 = 1_000;
 /// How long dropping the device waits for its threads.
 const EXIT_TIMEOUT_MS: u64 = 500;
 /// The least descriptors with which a share works, and the most that it keeps for nodes.
@@ -332,14 +331,12 @@ impl VirtioDevice for VirtioFs {
             })
     }
 
-    /// Waits no longer than [`SUSPEND_TIMEOUT_MS`] for the host's file system.
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
-        let patience = Duration::from_millis(SUSPEND_TIMEOUT_MS);
-        let positions = self.pool.suspend(patience);
-        Ok(positions.map_err(|cause| DeviceError::Io {
-            what: "wait for a request that the host's file system holds up",
-            cause,
-        })?)
+    fn suspend(&mut self, idle: &Arc<EventFd>) -> Result<Positions, Busy> {
+        self.pool.suspend(idle)
+    }
+
+    fn keep_on(&mut self) {
+        self.pool.keep_on();
     }
 
     fn data(&self) -> DeviceData {

@@ -14,7 +14,7 @@ use super::server::Server;
 use super::session::Scratch;
 use crate::GuestMemory;
 use crate::virtio::chain;
-use crate::virtio::device::{Activation, Interrupt};
+use crate::virtio::device::{Activation, Busy, Interrupt};
 use crate::virtio::queue::{ActiveQueue, BrokenQueue, Positions};
 use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -51,6 +51,10 @@ struct State {
     /// The activation to serve, and its number.
     live: Option<Arc<Live>>,
     generation: u64,
+    /// One that the threads were called away from, and some may be at their last request of.
+    called_away: Option<Arc<Live>>,
+    /// Told when no thread is inside an activation any more.
+    idle: Option<Arc<EventFd>>,
     /// Threads inside an activation.
     serving: usize,
     /// Threads that did not end yet.
@@ -103,30 +107,38 @@ impl Pool {
         self.changed.notify_all();
     }
 
-    /// Takes the queues away when each request that was taken off them has been answered; where the threads stood in them.
+    /// Calls the threads away from the queues; where they stood, when each request that was taken off has been answered.
     ///
     /// # Errors
-    /// TimedOut: a request is still blocked in the host's file system. The threads serve on.
-    pub(crate) fn suspend(&self, patience: Duration) -> std::io::Result<Positions> {
+    /// The host's file system holds one up. `idle` is signalled when no thread is inside one any more.
+    pub(crate) fn suspend(&self, idle: &Arc<EventFd>) -> Result<Positions, Busy> {
         let mut state = self.state();
-        let Some(live) = state.live.clone() else {
-            return Ok(Positions::new());
-        };
-        let again = Live::new(live.rings.clone())?;
-        state.live = None;
-        live.call_away();
-        let (mut state, timeout) = self
-            .changed
-            .wait_timeout_while(state, patience, |state| state.serving > 0)
-            .unwrap_or_else(PoisonError::into_inner);
-        if timeout.timed_out() {
-            self.offer(&mut state, again);
-            return Err(std::io::ErrorKind::TimedOut.into());
+        if let Some(live) = state.live.take() {
+            live.call_away();
+            state.called_away = Some(live);
         }
-        let queues = live.rings.queues.iter();
-        Ok(queues
-            .map(|live| (live.index, lock(&live.queue).position()))
-            .collect())
+        // Also a request from before a reset that did not wait for it may still write the guest's memory.
+        if state.serving > 0 {
+            state.idle = Some(idle.clone());
+            return Err(Busy);
+        }
+        let positions = state.called_away.take().map(|live| live.rings.positions());
+        Ok(positions.unwrap_or_default())
+    }
+
+    /// Lets the threads serve on after a suspension that did not come to its end.
+    pub(crate) fn keep_on(&self) {
+        let mut state = self.state();
+        state.idle = None;
+        let Some(live) = state.called_away.take() else {
+            return;
+        };
+        match Live::new(live.rings.clone()) {
+            Ok(again) if !live.rings.gone.load(Ordering::SeqCst) => self.offer(&mut state, again),
+            Ok(_) => {}
+            // The host has no eventfd for it, and the driver has to reset the device.
+            Err(_) => live.rings.interrupt.needs_reset(),
+        }
     }
 
     /// Takes the queues away again, and waits until no thread is inside a request.
@@ -135,8 +147,8 @@ impl Pool {
     /// TimedOut: a request is still blocked in the host's file system.
     pub(crate) fn stop(&self, patience: Duration) -> std::io::Result<()> {
         let mut state = self.state();
-        if let Some(live) = state.live.take() {
-            live.leave();
+        for live in [state.live.take(), state.called_away.take()] {
+            live.inspect(|live| live.leave());
         }
         let (state, timeout) = self
             .changed
@@ -199,9 +211,21 @@ impl Pool {
                 live.rings.interrupt.needs_reset();
             }
             drop(live);
-            self.state().serving -= 1;
-            self.changed.notify_all();
+            self.left();
         }
+    }
+
+    /// A thread has left an activation.
+    fn left(&self) {
+        let mut state = self.state();
+        state.serving -= 1;
+        if state.serving == 0 {
+            if let Some(idle) = state.idle.take() {
+                // A full counter is as readable.
+                let _full = idle.write(1);
+            }
+        }
+        self.changed.notify_all();
     }
 
     /// Waits for an activation that this thread has not served yet.
@@ -317,6 +341,15 @@ impl Live {
 }
 
 impl Rings {
+    /// Where the threads stand; nowhere in rings that are not ours any more.
+    fn positions(&self) -> Positions {
+        let ours = !self.gone.load(Ordering::SeqCst);
+        let queues = self.queues.iter().filter(|_| ours);
+        queues
+            .map(|live| (live.index, lock(&live.queue).position()))
+            .collect()
+    }
+
     /// The next request of a queue. Whoever leaves some behind wakes another thread.
     fn take(&self, live: &LiveQueue) -> Result<Option<chain::Buffers<'_>>, Stuck> {
         let mut queue = lock(&live.queue);

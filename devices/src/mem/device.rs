@@ -8,7 +8,7 @@ use crate::counters::{Counters, counters};
 use crate::event::{EventLoop, Interest};
 use crate::state::Foreign;
 use crate::virtio::device::{
-    Activation, DeviceData, DeviceError, Listener, RestoreError, SuspendError, VirtioDevice,
+    Activation, Busy, DeviceData, DeviceError, Listener, RestoreError, VirtioDevice,
 };
 use crate::virtio::queue::Positions;
 use serde::{Deserialize, Serialize};
@@ -16,6 +16,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Device type (section 5.15.1).
 const DEVICE_TYPE: u16 = 24;
@@ -238,7 +239,7 @@ impl VirtioDevice for Mem {
         Ok(())
     }
 
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
         self.shared.listener.set(None);
         let active = self.active.take();
         Ok(active.map(|active| active.positions()).unwrap_or_default())
@@ -260,12 +261,14 @@ impl VirtioDevice for Mem {
             block_bytes, count, ..
         } = self.shared.extent;
         let in_order = state.plugged.is_sorted_by(|a, b| a < b);
+        let plugged = state.plugged.len() as u64 * block_bytes;
+        let granted = plugged <= self.shared.max;
         let there = state
             .plugged
             .last()
             .is_none_or(|last| u64::from(*last) < count);
         let fits = state.requested <= self.shared.max && state.requested % block_bytes == 0;
-        if state.block_bytes != block_bytes || !in_order || !there || !fits {
+        if state.block_bytes != block_bytes || !in_order || !there || !granted || !fits {
             return Err(Foreign("blocks").into());
         }
         self.shared

@@ -83,7 +83,7 @@ impl Plugging {
     /// Plugs exactly the blocks of `numbers`, which are in order, and leaves what is in them.
     ///
     /// # Errors
-    /// The host refused one. Then none is plugged.
+    /// The host refused one. Then none is plugged that it takes back.
     pub(super) fn restore(&self, numbers: &[u32]) -> io::Result<()> {
         let work = self.work().ok_or(io::ErrorKind::NotFound)?;
         let result = work.restore(numbers);

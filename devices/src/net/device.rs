@@ -9,7 +9,7 @@ use crate::counters::Counters;
 use crate::event::EventLoop;
 use crate::state::Foreign;
 use crate::virtio::device::{
-    Activation, DeviceData, DeviceError, RestoreError, SuspendError, VirtioDevice,
+    Activation, Busy, DeviceData, DeviceError, RestoreError, VirtioDevice,
 };
 use crate::virtio::queue::Positions;
 use rustix::io::Errno;
@@ -20,6 +20,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_MTU, VIRTIO_NET_F_STATUS, VIRTIO_NET_S_LINK_UP,
 };
+use vmm_sys_util::eventfd::EventFd;
 
 /// Device type 1: network card.
 const DEVICE_TYPE: u16 = 1;
@@ -177,6 +178,13 @@ impl Net {
         self.taps.len() as u16
     }
 
+    /// Throws away what the taps have for the guest.
+    fn discard(&self) {
+        for tap in &self.taps {
+            self.counters.rx_dropped.add(tap.discard());
+        }
+    }
+
     /// Works from now on.
     fn begin(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let features = activation.features;
@@ -275,13 +283,11 @@ impl VirtioDevice for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        for tap in &self.taps {
-            tap.discard();
-        }
+        self.discard();
         self.begin(activation)
     }
 
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
         let Some(active) = self.active.take() else {
             return Ok(Positions::new());
         };
@@ -290,8 +296,11 @@ impl VirtioDevice for Net {
         Ok(server.positions())
     }
 
-    /// What came meanwhile is for this driver.
+    /// What came meanwhile is for this driver, unless the cable was pulled.
     fn resume(&mut self, activation: Activation) -> Result<(), DeviceError> {
+        if self.link.was_pulled() {
+            self.discard();
+        }
         self.begin(activation)
     }
 

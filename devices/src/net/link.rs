@@ -12,6 +12,8 @@ pub struct Link(Arc<Mutex<State>>);
 
 struct State {
     up: bool,
+    /// It was pulled while the card did not work.
+    was_pulled: bool,
     live: Option<Live>,
 }
 
@@ -28,6 +30,7 @@ impl Link {
     pub(super) fn new() -> Link {
         Link(Arc::new(Mutex::new(State {
             up: true,
+            was_pulled: false,
             live: None,
         })))
     }
@@ -44,6 +47,7 @@ impl Link {
             return;
         }
         state.up = up;
+        state.was_pulled |= state.live.is_none() && !up;
         if let Some(live) = &state.live {
             let mut server = live.server.lock().unwrap_or_else(PoisonError::into_inner);
             server.set_link(up);
@@ -65,7 +69,14 @@ impl Link {
 
     /// It has ended its work.
     pub(super) fn detach(&self) {
-        self.lock().live = None;
+        let mut state = self.lock();
+        state.live = None;
+        state.was_pulled = !state.up;
+    }
+
+    /// Whether it was pulled at any time since the card ended its work.
+    pub(super) fn was_pulled(&self) -> bool {
+        self.lock().was_pulled
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -179,6 +179,14 @@ impl Receive {
     }
 }
 
+impl Drop for Receive {
+    fn drop(&mut self) {
+        if self.held.is_some() {
+            self.counters.rx_dropped.add(1);
+        }
+    }
+}
+
 /// A packet into host memory: how large it is, is known only when it is read.
 fn read(tap: &Tap) -> Result<Vec<u8>, Errno> {
     let mut packet = vec![0; PACKET_MAX_BYTES];

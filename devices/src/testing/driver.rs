@@ -6,11 +6,14 @@ use crate::GuestMemory;
 use crate::bus::{Bus, BusDevice};
 use crate::event::Poller;
 use crate::pci::{CONFIG_PORT, CONFIG_PORT_BYTES, PciRoot, Place};
-use crate::virtio::device::VirtioDevice;
+use crate::virtio::device::{Busy, VirtioDevice};
 use crate::virtio::pci::{BAR_BYTES, BarAddress, TRANSPORT_FEATURES, VirtioPci, VirtioState};
 use crate::virtio::state::status;
+use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// The longest wait for a device in a test, in ms.
 pub const WAIT_MS: u64 = 10_000;
@@ -55,6 +58,7 @@ pub struct Driver {
     msix_capability: u8,
     window: u8,
     features: u64,
+    idle: Arc<EventFd>,
 }
 
 /// A device on a machine of its own: its transport, where its interrupts go, and the two buses.
@@ -110,6 +114,7 @@ impl Driver {
             msix_capability: 0,
             window: 0,
             features: 0,
+            idle: Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd")),
         };
         driver.find_capabilities();
         driver.write_config(4, 2, 0x0406); // memory, bus master, no INTx
@@ -128,6 +133,33 @@ impl Driver {
         }
         driver.start();
         driver
+    }
+
+    /// Asks the device to stand still.
+    ///
+    /// # Errors
+    /// It does not yet.
+    pub fn suspend(&self) -> Result<(), Busy> {
+        self.transport.suspend(&self.idle)
+    }
+
+    /// Has the device stand still, which a device with threads of its own does soon.
+    pub fn stand_still(&self) {
+        let waiter = Epoll::new().expect("an epoll");
+        let event = EpollEvent::new(EventSet::IN, 0);
+        let watched = waiter.ctl(ControlOperation::Add, self.idle.as_raw_fd(), event);
+        watched.expect("watched");
+        while self.suspend().is_err() {
+            let mut events = [EpollEvent::default()];
+            let ready = waiter.wait(WAIT_MS as i32, &mut events);
+            assert_eq!(ready.expect("a wait"), 1, "it does not");
+            self.idle.read().expect("it is readable");
+        }
+    }
+
+    /// Whether a device that was busy has said since that it is worth asking again.
+    pub fn was_told_idle(&self) -> bool {
+        self.idle.read().is_ok()
     }
 
     /// The driver goes on, on another machine with the same memory, on which `device` takes the state of the one that it has had

@@ -43,7 +43,7 @@ pub use routes::FakeRoutes;
 /// The state of a driver's device, suspended, as another process reads it.
 #[cfg(test)]
 pub(crate) fn written_down(driver: &Driver) -> crate::virtio::pci::VirtioState {
-    driver.transport.suspend().expect("no request is under way");
+    driver.stand_still();
     let state = driver.transport.state().expect("suspended");
     let json = serde_json::to_string(&state).expect("plain data");
     let read = serde_json::from_str(&json).expect("what was written");

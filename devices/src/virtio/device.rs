@@ -20,6 +20,7 @@ use crate::state::Foreign;
 use crate::vsock::VsockState;
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex, PoisonError};
+use vmm_sys_util::eventfd::EventFd;
 
 /// How a device tells the driver that something happened. Implemented by the transport; cheap and safe to
 /// call from any thread, also after a reset (then nothing happens).
@@ -94,16 +95,10 @@ pub enum DeviceError {
     },
 }
 
-/// Why a device does not stand still.
-#[derive(Debug, thiserror::Error)]
-pub enum SuspendError {
-    /// Requests are under way, whose ends come by the event loop; it is worth asking again after a turn of it.
-    #[error("requests are under way")]
-    Busy,
-    /// It cannot; it works on as before.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-}
+/// A device does not stand still yet: the host is at work on its requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the host has not done what it was asked for")]
+pub struct Busy;
 
 /// Why state cannot be taken over.
 #[derive(Debug, thiserror::Error)]
@@ -176,11 +171,14 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError>;
 
     /// Lets go of the queues as [`VirtioDevice::reset`] does, but forgets nothing: whatever was taken off a queue is answered or will be
-    /// taken again. A device that is not active has nothing to let go of. Called by the event loop's thread.
+    /// taken again. A device that is not active has nothing to let go of. Called by the event loop's thread, and never waits.
     ///
     /// # Errors
-    /// See [`SuspendError`]; it is active as before.
-    fn suspend(&mut self) -> Result<Positions, SuspendError>;
+    /// [`Busy`]: what was taken off a queue is under way. Nothing more is taken, and `idle` is signalled when it is worth asking again.
+    fn suspend(&mut self, idle: &Arc<EventFd>) -> Result<Positions, Busy>;
+
+    /// After [`Busy`]: it is asked no more, and works on as before. Each queue is kicked afterwards.
+    fn keep_on(&mut self) {}
 
     /// Takes the queues back after [`VirtioDevice::suspend`], or after [`VirtioDevice::restore`] those of another process, and goes on
     /// where they stand. Each of them is kicked afterwards.

@@ -29,6 +29,7 @@ use crate::counters::Counters;
 use crate::pci::msix::{self, MsiRoutes, Msix};
 use crate::pci::{ConfigSpace, LayoutError, PciFunction};
 use std::io;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -154,6 +155,8 @@ pub struct VirtioPci {
     window: u8,
     name: &'static str,
     counters: Arc<dyn Counters>,
+    /// The device was asked to stand still. Set while no vCPU runs, so that `resume` waits for none.
+    asked: AtomicBool,
     core: Mutex<Core>,
 }
 
@@ -200,6 +203,7 @@ impl VirtioPci {
             window: layout.window,
             name,
             counters: device.counters(),
+            asked: AtomicBool::new(false),
             core: Mutex::new(Core {
                 device,
                 config: layout.config,

@@ -3,7 +3,7 @@
 
 use super::*;
 use crate::testing::{Buffer, Driver, sweep};
-use crate::virtio::device::{Interrupt, RestoreError, SuspendError};
+use crate::virtio::device::{Busy, Interrupt, RestoreError};
 use crate::virtio::queue::{BadSettings, Positions, QueuePosition, positions};
 use proptest::prelude::*;
 
@@ -79,10 +79,10 @@ impl VirtioDevice for Device {
         model.active = Some(activation);
         Ok(())
     }
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
         let mut model = self.model();
         if model.busy {
-            return Err(SuspendError::Busy);
+            return Err(Busy);
         }
         let active = model.active.take();
         let queues = active
@@ -488,12 +488,12 @@ fn a_transport_that_goes_away_resets_its_device() {
 
 /// A device with a thread that interrupts without end, which its reset waits for.
 #[derive(Default)]
-struct Busy {
+struct Loud {
     stop: Arc<std::sync::atomic::AtomicBool>,
     worker: Option<std::thread::JoinHandle<()>>,
 }
 
-impl VirtioDevice for Busy {
+impl VirtioDevice for Loud {
     fn device_type(&self) -> u16 {
         42
     }
@@ -518,8 +518,8 @@ impl VirtioDevice for Busy {
         }));
         Ok(())
     }
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
-        Err(SuspendError::Busy)
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
+        Err(Busy)
     }
     fn reset(&mut self) -> Result<(), DeviceError> {
         self.stop.store(true, std::sync::atomic::Ordering::SeqCst);
@@ -532,7 +532,7 @@ impl VirtioDevice for Busy {
 
 #[test]
 fn a_device_may_interrupt_while_the_driver_resets_masks_and_reads() {
-    let mut driver = Driver::new(Box::<Busy>::default());
+    let mut driver = Driver::new(Box::<Loud>::default());
     for _ in 0..50 {
         driver.negotiate(0);
         driver.setup_queue(0, 16);
@@ -571,7 +571,7 @@ fn queues_that_no_transport_can_offer_are_refused() {
         fn activate(&mut self, _: Activation) -> Result<(), DeviceError> {
             Ok(())
         }
-        fn suspend(&mut self) -> Result<Positions, SuspendError> {
+        fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
             Ok(Positions::new())
         }
         fn reset(&mut self) -> Result<(), DeviceError> {

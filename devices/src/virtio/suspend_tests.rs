@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::testing::written_down;
+use std::sync::mpsc;
 
 /// Activations and resets.
 fn counts(device: &Device) -> (usize, usize) {
@@ -25,8 +26,8 @@ fn a_suspended_device_has_let_go_of_its_queues_and_goes_on_where_it_stood() {
     driver.add(0, &[Buffer::Readable(b"one")]);
     assert_eq!(device.serve().unwrap(), 1);
     let head = driver.add(0, &[Buffer::Readable(b"two")]);
-    driver.transport.suspend().unwrap();
-    driver.transport.suspend().unwrap();
+    driver.suspend().unwrap();
+    driver.suspend().unwrap();
     assert!(driver.transport.is_suspended() && device.model().active.is_none());
     driver.transport.resume();
     driver.transport.resume();
@@ -46,7 +47,7 @@ fn interrupts_from_before_a_suspension_are_silent() {
     let device = Device::default();
     let driver = Driver::up(Box::new(device.clone()), 0);
     let old = device.interrupt();
-    driver.transport.suspend().unwrap();
+    driver.suspend().unwrap();
     driver.transport.resume();
     old.used(0);
     old.needs_reset();
@@ -60,10 +61,7 @@ fn a_device_that_is_busy_works_on() {
     let device = Device::default();
     let driver = Driver::up(Box::new(device.clone()), 0);
     device.model().busy = true;
-    assert!(matches!(
-        driver.transport.suspend(),
-        Err(SuspendError::Busy)
-    ));
+    assert!(matches!(driver.suspend(), Err(Busy)));
     assert!(!driver.transport.is_suspended() && driver.transport.state().is_none());
     assert!(device.model().active.is_some());
 }
@@ -122,10 +120,10 @@ fn what_was_pending_is_sent_where_the_state_is_taken_over() {
 fn a_configuration_that_changed_meanwhile_is_told() {
     let device = Device::default();
     let driver = Driver::up(Box::new(device.clone()), 0);
-    driver.transport.suspend().unwrap();
+    driver.suspend().unwrap();
     driver.transport.resume();
     assert_eq!(driver.config_interrupts(), 0);
-    driver.transport.suspend().unwrap();
+    driver.suspend().unwrap();
     device.model().config = Some(99);
     driver.transport.resume();
     assert_eq!(driver.config_interrupts(), 1);
@@ -136,7 +134,7 @@ fn a_configuration_that_changed_meanwhile_is_told() {
 fn a_reset_ends_a_suspension() {
     let device = Device::default();
     let mut driver = Driver::up(Box::new(device.clone()), 0);
-    driver.transport.suspend().unwrap();
+    driver.suspend().unwrap();
     driver.reset();
     driver.transport.resume();
     assert_eq!((driver.status(), device.model().activations), (0, 1));
@@ -147,7 +145,7 @@ fn a_device_that_waits_for_its_reset_does_nothing_else_after_a_suspension() {
     let device = Device::default();
     let mut driver = Driver::up(Box::new(device.clone()), 0);
     device.interrupt().needs_reset();
-    driver.transport.suspend().unwrap();
+    driver.suspend().unwrap();
     driver.transport.resume();
     assert_eq!((device.model().activations, driver.status()), (1, 0x4f));
     driver.reset();
@@ -158,7 +156,7 @@ fn a_device_that_waits_for_its_reset_does_nothing_else_after_a_suspension() {
 fn a_device_that_cannot_go_on_asks_for_a_reset() {
     let device = Device::default();
     let driver = Driver::up(Box::new(device.clone()), 0);
-    driver.transport.suspend().unwrap();
+    driver.suspend().unwrap();
     device.model().refuse_activate = true;
     driver.transport.resume();
     assert!(driver.needs_reset() && driver.transport.take_failure().is_some());
@@ -262,4 +260,63 @@ proptest! {
         other.transport.restore(&state).unwrap();
         prop_assert_eq!(other.transport.transport_state(), before);
     }
+}
+
+/// A device whose reset waits for the test.
+struct Slow {
+    begun: mpsc::Sender<()>,
+    go: mpsc::Receiver<()>,
+}
+
+impl VirtioDevice for Slow {
+    fn device_type(&self) -> u16 {
+        42
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[16]
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    fn activate(&mut self, _: Activation) -> Result<(), DeviceError> {
+        Ok(())
+    }
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
+        Ok(Positions::new())
+    }
+    fn reset(&mut self) -> Result<(), DeviceError> {
+        self.begun.send(()).unwrap();
+        // An end that is gone is a test that failed.
+        let _ = self.go.recv();
+        Ok(())
+    }
+}
+
+#[test]
+fn a_resumption_of_nothing_waits_for_nobody() {
+    let (begun, has_begun) = mpsc::channel();
+    let (go, told) = mpsc::channel();
+    let mut driver = Driver::up(Box::new(Slow { begun, go: told }), 0);
+    let transport = driver.transport.clone();
+    let vcpu = std::thread::spawn(move || driver.reset());
+    has_begun.recv().unwrap();
+    // The vCPU that resets the device may wait for this very thread.
+    transport.resume();
+    go.send(()).unwrap();
+    vcpu.join().unwrap();
+}
+
+#[test]
+fn a_device_that_was_busy_and_is_asked_no_more_is_kicked() {
+    let device = Device::default();
+    let driver = Driver::up(Box::new(device.clone()), 0);
+    device.model().busy = true;
+    assert_eq!(driver.suspend(), Err(Busy));
+    driver.transport.resume();
+    let kick = driver.transport.notify_addresses().remove(0).kick;
+    assert!(kick.read().is_ok());
+    assert!(device.model().active.is_some());
 }

@@ -14,7 +14,7 @@ use crate::counters::Counters;
 use crate::event::{EventLoop, Interest, Readiness, Subscriber};
 use crate::state::Foreign;
 use crate::virtio::device::{
-    Activation, DeviceData, DeviceError, RestoreError, SuspendError, VirtioDevice,
+    Activation, Busy, DeviceData, DeviceError, RestoreError, VirtioDevice,
 };
 use crate::virtio::queue::{Positions, ServeError};
 use serde::{Deserialize, Serialize};
@@ -58,8 +58,8 @@ pub trait HostSide: Send {
 /// Why the host's connection was not made; its fd is closed.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectRefused {
-    /// No driver uses the device (yet, or since its reset), or the VM is paused.
-    #[error("the guest has no vsock driver running, or is paused")]
+    /// No driver uses the device (yet, or since its reset).
+    #[error("the guest has no vsock driver running")]
     NotReady,
     /// All connections are in use.
     #[error("vsock has {max} connections already", max = super::MAX_CONNECTIONS)]
@@ -82,8 +82,6 @@ pub struct VsockState {
     /// Where the search for a free host port goes on, so that a restored guest does not meet the ports of
     /// connections that it remembers.
     next_host_port: u32,
-    /// The driver is still to be told that the connections before are gone.
-    owes_reset_event: bool,
 }
 
 /// The device, as the transport holds it.
@@ -144,7 +142,7 @@ impl VsockDevice {
                 tx_due: false,
                 owes_reset_event: false,
                 forgotten: false,
-                suspended: Vec::new(),
+                suspended: None,
                 counters: counters.clone(),
             })
         });
@@ -227,7 +225,7 @@ impl VirtioDevice for VsockDevice {
         Ok(())
     }
 
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
         Ok(self.core().suspend())
     }
 
@@ -243,7 +241,6 @@ impl VirtioDevice for VsockDevice {
         DeviceData::Vsock(VsockState {
             guest_cid: core.guest_cid,
             next_host_port: core.table.next_host_port(),
-            owes_reset_event: core.owes_reset_event,
         })
     }
 
@@ -303,6 +300,13 @@ fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
     core.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// A device that has let go of its queues and keeps its connections.
+struct Suspended {
+    since: Instant,
+    /// Those whose fds are to be watched again.
+    peers: Vec<PeerId>,
+}
+
 /// Everything behind the one lock of the device.
 pub(super) struct Core {
     me: Weak<Mutex<Core>>,
@@ -324,8 +328,7 @@ pub(super) struct Core {
     pub(super) owes_reset_event: bool,
     /// The driver reset the device: the connections are to be dropped before anything else is done.
     forgotten: bool,
-    /// Connections whose fds were watched when the device was suspended.
-    suspended: Vec<PeerId>,
+    suspended: Option<Suspended>,
     pub(super) counters: Arc<VsockCounters>,
 }
 
@@ -417,25 +420,35 @@ impl Core {
         }
     }
 
-    /// Lets go of the queues and keeps the connections, whose sockets nobody looks at meanwhile. Their deadlines run on.
+    /// Lets go of the queues and keeps the connections, whose sockets nobody looks at meanwhile.
     fn suspend(&mut self) -> Positions {
         let Some(queues) = &self.queues else {
             return Positions::new();
         };
         let positions = queues.positions();
         self.release_queues();
+        let mut peers = Vec::new();
         for (id, peer) in self.table.peers() {
             if peer.watched.take().is_some() {
                 self.event_loop.forget(peer.fd());
-                self.suspended.push(id);
+                peers.push(id);
             }
         }
+        let since = Instant::now();
+        self.suspended = Some(Suspended { since, peers });
+        self.armed = None;
+        let cleared = self.timer.clear();
+        debug_assert!(cleared.is_ok(), "the kernel refused to clear a timer");
         positions
     }
 
-    /// After a suspension.
+    /// After a suspension: the guest has as much time to answer as it had left.
     fn watch_again(&mut self) {
-        for id in std::mem::take(&mut self.suspended) {
+        let Some(Suspended { since, peers }) = self.suspended.take() else {
+            return;
+        };
+        self.table.delay(since.elapsed());
+        for id in peers {
             if self.watch(id).is_err() {
                 // The kernel has no memory for it: the guest is told that it is over.
                 self.end(id, true);
@@ -451,7 +464,7 @@ impl Core {
     }
 
     fn drop_connections(&mut self) {
-        self.suspended.clear();
+        self.suspended = None;
         self.resets.clear();
         for peer in self.table.drain() {
             if peer.watched.is_some() {
@@ -468,7 +481,7 @@ impl Core {
 
     fn connect(&mut self, port: u32, host: OwnedFd) -> Result<(), ConnectRefused> {
         self.drop_forgotten();
-        if self.queues.is_none() {
+        if self.queues.is_none() && self.suspended.is_none() {
             return Err(ConnectRefused::NotReady);
         }
         if self.table.is_full() {
@@ -494,7 +507,9 @@ impl Core {
     ) -> Result<(), ConnectRefused> {
         let socket = HostSocket::new(host)?;
         let id = self.table.insert(connection, socket, buffer_bytes);
-        if let Err(cause) = self.watch(id) {
+        if let Some(suspended) = &mut self.suspended {
+            suspended.peers.push(id);
+        } else if let Err(cause) = self.watch(id) {
             self.table.remove(id);
             return Err(ConnectRefused::Watch(cause));
         }
@@ -612,7 +627,7 @@ impl Core {
 
     fn arm_timer(&mut self) {
         let next = self.table.next_deadline();
-        if next == self.armed {
+        if next == self.armed || self.suspended.is_some() {
             return;
         }
         self.armed = next;

@@ -222,6 +222,17 @@ impl Table {
         }
     }
 
+    /// Puts all deadlines off.
+    pub(super) fn delay(&mut self, by: Duration) {
+        self.deadlines.clear();
+        for (id, peer) in &mut self.peers {
+            if let Some((_, deadline)) = &mut peer.deadline {
+                *deadline += by;
+                self.deadlines.insert((*deadline, *id));
+            }
+        }
+    }
+
     /// The earliest deadline.
     pub(super) fn next_deadline(&self) -> Option<Instant> {
         self.deadlines.first().map(|(deadline, _)| *deadline)

@@ -5,12 +5,14 @@ use capsid_protocol::agent::{DiskRequest, NicRequest};
 use capsid_protocol::control::{MachineState, NewDisk, NewNic, Reply, Request};
 use capsid_protocol::machine::{Mac, MemoryMib};
 use capsid_tests::bundle::Scratch;
+use capsid_tests::control::Control;
 use capsid_tests::guest::{Guest, context};
 use capsid_tests::ledger::Ledger;
 use capsid_tests::tap::taps;
 use capsid_tests::vmm::Disk;
 use std::fs::{File, OpenOptions};
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use ttrpc::Code;
 
@@ -154,12 +156,29 @@ fn a_guest_is_paused_and_goes_on_and_grows_and_shrinks_when_asked() {
     let mut guest = Guest::start(1, 1, &[]);
     guest.sleeper("c1");
     let numbers: Vec<String> = (1..=20_000).map(|number: u32| number.to_string()).collect();
-    for _ in 0..5 {
-        // Each time all devices let go of their queues, and streams of before and new ones go on.
-        guest.control.done(&Request::Pause);
-        guest.control.done(&Request::Resume);
-        assert_eq!(guest.exec("c1", "seq 1 20000"), numbers.join("\n"));
-    }
+    // All the time all devices let go of their queues and take them back.
+    let mut control = std::mem::replace(&mut guest.control, Control::pair().0);
+    let over = AtomicBool::new(false);
+    let pauses = std::thread::scope(|scope| {
+        let pausing = scope.spawn(|| {
+            let mut pauses = 0;
+            while !over.load(Ordering::Relaxed) {
+                control.done(&Request::Pause);
+                control.done(&Request::Resume);
+                // The guest is to have some of the time.
+                std::thread::sleep(Duration::from_millis(20));
+                pauses += 1;
+            }
+            pauses
+        });
+        for _ in 0..3 {
+            assert_eq!(guest.exec("c1", "seq 1 20000"), numbers.join("\n"));
+        }
+        over.store(true, Ordering::Relaxed);
+        pausing.join().expect("pauses")
+    });
+    guest.control = control;
+    assert!(pauses > 3, "{pauses} pauses");
     assert!(
         state(&mut guest)
             .devices

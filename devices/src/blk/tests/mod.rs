@@ -7,7 +7,7 @@ mod serving;
 use super::*;
 use crate::event::Poller;
 use crate::testing::{Buffer, Driver, RawDescriptor, WAIT_MS, written_down};
-use crate::virtio::device::SuspendError;
+use crate::virtio::device::Busy;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};

@@ -253,13 +253,23 @@ fn a_disk_stands_still_when_what_is_under_way_has_ended_and_then_goes_on() {
         .add(0, &[Buffer::Readable(&request), Buffer::Writable(1)]);
     guest.driver.kick(0);
     guest.poller.turn(Some(Duration::ZERO)).unwrap();
-    let suspended = guest.driver.transport.suspend();
-    assert!(matches!(suspended, Err(SuspendError::Busy)));
+    assert_eq!(guest.driver.suspend(), Err(Busy));
+    // Meanwhile it takes no other, and afterwards it does.
+    let other = [&header(OUT, 5)[..], &[7; SECTOR]].concat();
+    let other = guest
+        .driver
+        .add(0, &[Buffer::Readable(&other), Buffer::Writable(1)]);
+    guest.driver.kick(0);
     io.start(&seal()).unwrap();
     // Nothing is lost of a request that was under way.
     let used = guest.driver.wait_used(0, Some(&guest.poller));
     assert_eq!(used.data, [OK]);
     assert_eq!(guest.on_host(3, 1), [9; SECTOR]);
+    assert!(guest.driver.was_told_idle());
+    assert_eq!(guest.on_host(5, 1), [0; SECTOR]);
+    guest.driver.transport.resume();
+    assert_eq!(guest.driver.wait_used(0, Some(&guest.poller)).head, other);
+    assert_eq!(guest.on_host(5, 1), [7; SECTOR]);
     let watched = guest.poller.watched();
     let state = written_down(&guest.driver);
     assert_eq!(guest.poller.watched(), watched - 2, "its kicks");

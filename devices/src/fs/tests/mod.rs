@@ -16,7 +16,7 @@ use super::confine::unshare;
 use super::threads::Pool;
 use super::*;
 use crate::testing::{Buffer, Driver, Used, memory, written_down};
-use crate::virtio::device::{RestoreError, SuspendError};
+use crate::virtio::device::{Busy, RestoreError};
 use rustix::fs::CWD;
 use rustix::mount::{OpenTreeFlags, open_tree};
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};

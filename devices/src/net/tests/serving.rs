@@ -291,7 +291,7 @@ fn a_cable_pulled_during_a_suspension_is_told_after_it() {
     let Some(guest) = Guest::new(1, MTU, MRG_RXBUF | STATUS) else {
         return;
     };
-    guest.driver.transport.suspend().unwrap();
+    guest.driver.suspend().unwrap();
     guest.link.set(false);
     assert_eq!(guest.driver.config_interrupts(), 0);
     let state = guest.driver.transport.state().unwrap();
@@ -300,6 +300,23 @@ fn a_cable_pulled_during_a_suspension_is_told_after_it() {
     let json = serde_json::to_value(&state).unwrap();
     let known = serde_json::json!({"net": {"pairs": 1, "up": false}});
     assert_eq!(json["data"], known);
+}
+
+#[test]
+fn what_comes_while_the_cable_is_pulled_is_lost_also_during_a_suspension() {
+    let Some(mut guest) = Guest::new(1, MTU, MRG_RXBUF | STATUS) else {
+        return;
+    };
+    guest.lend(RECEIVE, 4, 2048);
+    guest.settle();
+    guest.driver.suspend().unwrap();
+    guest.link.set(false);
+    guest.send(b"lost");
+    guest.link.set(true);
+    guest.driver.transport.resume();
+    guest.settle();
+    guest.send(b"there");
+    assert_eq!(text(&guest.received(RECEIVE).data), b"there");
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! In the place of a device that was taken out: one that nobody can activate.
 
-use crate::virtio::device::{Activation, DeviceError, SuspendError, VirtioDevice};
+use crate::virtio::device::{Activation, Busy, DeviceError, VirtioDevice};
 use crate::virtio::queue::Positions;
 use std::io;
+use std::sync::Arc;
+use vmm_sys_util::eventfd::EventFd;
 
 pub(super) struct Gone;
 
@@ -35,7 +37,7 @@ impl VirtioDevice for Gone {
         Ok(())
     }
 
-    fn suspend(&mut self) -> Result<Positions, SuspendError> {
+    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
         Ok(Positions::new())
     }
 }

@@ -1,19 +1,22 @@
 //! A transport whose device stands still, and its state as plain data.
 //!
 //! Suspended, a device has let go of its queues and knows where it stood in them; nothing of it touches guest memory. From there it resumes,
-//! or another process takes its state: that of a device which was made alike. Both are the same step, so that
-//! what a snapshot needs is what each pause does.
+//! or another process takes its state: that of a device which was made alike, and which resumes then by the same step. Each pause of a VM
+//! goes this way into the queues and out of them; that state is written down and taken over waits for snapshots.
 //!
-//! To be called while no vCPU runs. State that is taken over is hostile; what it says of the rings is checked like what a driver says.
+//! State that is taken over is hostile; what it says of the rings is checked like what a driver says.
 
 use super::{Core, VirtioPci};
 use crate::pci::ConfigState;
 use crate::pci::msix::MsixState;
 use crate::state::{Foreign, Version};
-use crate::virtio::device::{DeviceData, DeviceError, RestoreError, SuspendError};
+use crate::virtio::device::{Busy, DeviceData, DeviceError, RestoreError};
 use crate::virtio::queue::Positions;
 use crate::virtio::state::DeviceState;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vmm_sys_util::eventfd::EventFd;
 
 /// The driver-visible state of a transport: plain data.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -70,26 +73,35 @@ impl VirtioPci {
         self.core().standing.is_some()
     }
 
-    /// Has the device let go of its queues, if it has some.
+    /// Has the device let go of its queues, if it has some. To be called while no vCPU runs.
     ///
     /// # Errors
-    /// See [`SuspendError`].
-    pub fn suspend(&self) -> Result<(), SuspendError> {
+    /// It has begun to, but is not there yet; `idle` is signalled when it is worth asking again. Until then, or until
+    /// [`VirtioPci::resume`], it takes nothing more off its queues.
+    pub fn suspend(&self, idle: &Arc<EventFd>) -> Result<(), Busy> {
         let mut core = self.core();
         if core.standing.is_none() && self.in_use() {
+            self.asked.store(true, Ordering::SeqCst);
             let config = core.device.config();
-            let queues = core.device.suspend()?;
+            let queues = core.device.suspend(idle)?;
             self.shared.disarm();
             core.standing = Some(Standing { queues, config });
         }
         Ok(())
     }
 
-    /// Has a suspended device go on where it stands. One that cannot is marked DEVICE_NEEDS_RESET, as one that cannot be activated.
+    /// Has a suspended device go on where it stands, and one that was only asked to stand still keep on. One that cannot is marked
+    /// DEVICE_NEEDS_RESET, as one that cannot be activated. For any other device this does nothing, and waits for nobody: a
+    /// vCPU that resets it may wait for the thread that asks.
     pub fn resume(&self) {
+        // What stands still was asked to while no vCPU ran, and none has run since.
+        if !self.asked.swap(false, Ordering::SeqCst) {
+            return;
+        }
         let mut core = self.core();
         let Some(standing) = core.standing.take() else {
-            return;
+            core.device.keep_on();
+            return self.kick_all();
         };
         // One that waits for its reset does nothing but that.
         if self.broken() {
@@ -98,6 +110,14 @@ impl VirtioPci {
         if let Err(error) = self.go_on(&mut core, &standing) {
             core.failure = Some(error);
             self.shared.lock().needs_reset();
+        }
+    }
+
+    /// Of what came while a device took nothing off its queues no event may be left.
+    fn kick_all(&self) {
+        for kick in &self.kicks {
+            // Fails only when the counter is full, and then the fd is readable anyway.
+            let _ = kick.write(1);
         }
     }
 
@@ -111,10 +131,7 @@ impl VirtioPci {
         if core.device.config() != standing.config {
             interrupt.config_changed();
         }
-        for kick in &self.kicks {
-            // Of what came meanwhile no event may be left. Fails only when the counter is full, and then the fd is readable anyway.
-            let _ = kick.write(1);
-        }
+        self.kick_all();
         Ok(())
     }
 
@@ -160,6 +177,7 @@ impl VirtioPci {
         inner.state.restore(&state.transport.device)?;
         inner.msix.restore(&state.transport.msix, control)?;
         if inner.state.live() {
+            self.asked.store(true, Ordering::SeqCst);
             core.standing = Some(Standing {
                 queues: state.queues.clone(),
                 config: state.config.clone(),

@@ -268,7 +268,7 @@ fn connections_outlive_a_suspension_in_which_nobody_looks_at_them() {
     let mut guest = up();
     let mut host = guest.dial(1024, 7);
     let (ours, port) = guest.connected(1025);
-    guest.driver.transport.suspend().unwrap();
+    guest.driver.suspend().unwrap();
     host.write_all(b"to the guest").unwrap();
     drop(ours);
     guest.driver.add(
@@ -280,14 +280,14 @@ fn connections_outlive_a_suspension_in_which_nobody_looks_at_them() {
     );
     guest.settle();
     assert_eq!(guest.poller.watched(), 2, "timer and resumption");
-    assert!(
-        guest
-            .handle
-            .connect(9, UnixStream::pair().unwrap().0.into())
-            .is_err()
-    );
+    // Whoever connects meanwhile waits.
+    let (_waits, theirs) = UnixStream::pair().unwrap();
+    guest.handle.connect(9, theirs.into()).unwrap();
+    guest.settle();
     guest.driver.transport.resume();
     let packets = guest.receive_all();
+    let asked = packets.iter().filter(|packet| packet.op == REQUEST);
+    assert_eq!(asked.map(|packet| packet.dst_port).collect::<Vec<_>>(), [9]);
     let of_port = |host: u32| packets.iter().filter(move |packet| packet.src_port == host);
     let payload: Vec<u8> = of_port(1024).flat_map(|p| p.payload.clone()).collect();
     assert_eq!(payload, b"to the guest");
@@ -322,4 +322,18 @@ fn the_state_of_another_guest_is_not_taken_over() {
     let state = serde_json::from_value(json).unwrap();
     let other = Driver::new(Box::new(Guest::fresh(guest.poller.clone())));
     assert!(other.transport.restore(&state).is_err());
+}
+
+#[test]
+fn a_guest_that_stood_still_has_as_much_time_to_answer_as_before() {
+    let mut guest = Guest::with_timeouts(256, Duration::from_millis(100), Duration::from_secs(100));
+    guest.refill(16);
+    let (_host, request) = guest.connect(1025);
+    guest.driver.suspend().unwrap();
+    std::thread::sleep(Duration::from_millis(150));
+    guest.settle();
+    guest.driver.transport.resume();
+    guest.send(&Wire::new(RESPONSE, request.src_port, 1025));
+    assert!(guest.ops().is_empty());
+    assert_eq!(guest.handle.connections(), 1);
 }
