@@ -140,6 +140,10 @@ impl AssembleError {
             AssembleError::Boot(_) => VmmExit::BadKernel,
             AssembleError::Channel(error) => error.exit(),
             AssembleError::Control(ControlError::NotStream) => VmmExit::BadConfig,
+            AssembleError::Jail(_)
+            | AssembleError::Filter(_)
+            | AssembleError::Share(ShareError::Confine { .. })
+            | AssembleError::Vcpus(VcpusError::Filter(_)) => VmmExit::Jail,
             AssembleError::Host { .. }
             | AssembleError::Control(_)
             | AssembleError::Board(_)
@@ -149,9 +153,6 @@ impl AssembleError {
             | AssembleError::Share(_)
             | AssembleError::Disk { .. }
             | AssembleError::Nic { .. } => VmmExit::Device,
-            AssembleError::Jail(_)
-            | AssembleError::Filter(_)
-            | AssembleError::Vcpus(VcpusError::Filter(_)) => VmmExit::Jail,
             AssembleError::Vcpus(_) => VmmExit::VcpuLost,
         }
     }

@@ -17,6 +17,8 @@ pub mod assemble;
 pub mod board;
 pub mod boot;
 pub mod control;
+#[cfg(feature = "drill")]
+mod drill;
 pub mod end;
 pub mod faults;
 pub mod inherit;

@@ -28,7 +28,7 @@ enum Command {
     Version,
 }
 
-fn main() {
+pub(crate) fn main() {
     std::panic::set_hook(Box::new(|panic| {
         let mut line = format!("capsid-vmm: {}: {panic}", VmmExit::Internal.describe());
         line = line.replace('\n', " ");

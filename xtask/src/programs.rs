@@ -58,6 +58,12 @@ const HOSTILE_GUEST: Program = Program {
     name: "hostile-guest",
 };
 
+/// [`VMM`] with threads that do what they are told; only as [`build_drill`] builds it.
+const DRILL: Program = Program {
+    package: "capsid-vmm",
+    name: "capsid-vmm-drill",
+};
+
 /// A test target of the workspace.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TestBinary {
@@ -145,6 +151,20 @@ pub fn build_hostile_guest(
     command.env("RUSTFLAGS", BARE_FLAGS);
     run_build(progress, command, &programs)?;
     built(workspace, profile, &programs)
+}
+
+/// Builds the VMM whose threads do what they are told and returns its path.
+///
+/// # Errors
+/// It does not build.
+pub fn build_drill(progress: &Progress, workspace: &Path) -> Result<Vec<PathBuf>, ProgramsError> {
+    let mut command = cargo(workspace, "build");
+    // The whole workspace, for the reason that `build_test` has.
+    command.args(["--workspace", "--bin", DRILL.name]);
+    // It reaches the other program of the package as well, which is not built here.
+    command.args(["--features", "capsid-vmm/drill"]);
+    run_build(progress, command, &[DRILL])?;
+    built(workspace, Profile::Dev, &[DRILL])
 }
 
 fn run_build(

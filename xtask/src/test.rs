@@ -141,6 +141,14 @@ fn run_suite(context: &Context<'_>, test: &Test, suite: Suite) -> Result<Count, 
             let mut count = clippy(&cargo, &["--all-targets"])?;
             // Not among "all": the tests whose manifest says that a plain `cargo test` does not run them.
             count.add(clippy(&cargo, &["--test", "*"])?);
+            // Nor what only the drill's program has.
+            let drill = [
+                "--features",
+                "capsid-vmm/drill",
+                "--bin",
+                "capsid-vmm-drill",
+            ];
+            count.add(clippy(&cargo, &drill)?);
             Ok(count)
         }
         Suite::Unit => tests(programs::cargo(context.workspace, "test"), &test.filters),

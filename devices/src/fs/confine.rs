@@ -10,6 +10,10 @@
 //! CAP_DAC_READ_SEARCH: with that and `open_by_handle_at` a thread taken over could open any file of the
 //! share's file system, inside the share or not (the reason for [`super::nodes`]).
 //!
+//! What is left to it: descriptors are the whole process's. A thread taken over reads and writes the VM's own disks, and by
+//! `/proc/self/fd` it opens such a file anew, for writing too, and changes its mode and owner. An owner that gives a
+//! read-only disk beside a share therefore opens it on a read-only mount, which holds against that as well.
+//!
 //! `unsafe`: `unshare` and `mount_setattr` have no safe wrapper.
 #![allow(unsafe_code)]
 
@@ -74,10 +78,10 @@ fn at<T>(step: &'static str, result: rustix::io::Result<T>) -> Result<T, Confine
     })
 }
 
-/// Gives the calling thread a mount namespace whose only mounts are those of `tree`. Returns
+/// Gives the calling thread a mount namespace whose only mounts are those of `tree`, of which no descriptor is left. Returns
 /// `/proc/self/fd` as a mount of its own: nothing of procfs can be reached from it, not even by `..`.
-pub(crate) fn enter_tree(tree: &OwnedFd) -> Result<OwnedFd, ConfineError> {
-    let st = at("look at the share's tree", rustix::fs::fstat(tree))?;
+pub(crate) fn enter_tree(tree: OwnedFd) -> Result<OwnedFd, ConfineError> {
+    let st = at("look at the share's tree", rustix::fs::fstat(&tree))?;
     if FileType::from_raw_mode(st.st_mode) != FileType::Directory {
         return at(
             "use the share's tree as a root",
@@ -102,9 +106,9 @@ pub(crate) fn enter_tree(tree: &OwnedFd) -> Result<OwnedFd, ConfineError> {
     let empty = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     at(
         "attach the share's tree",
-        move_mount(tree, c"", CWD, c"/", empty),
+        move_mount(&tree, c"", CWD, c"/", empty),
     )?;
-    at("enter the share's tree", rustix::process::fchdir(tree))?;
+    at("enter the share's tree", rustix::process::fchdir(&tree))?;
     at(
         "pivot into the share",
         rustix::process::pivot_root(c".", c"."),
@@ -115,6 +119,7 @@ pub(crate) fn enter_tree(tree: &OwnedFd) -> Result<OwnedFd, ConfineError> {
         unmount(c".", UnmountFlags::DETACH),
     )?;
     at("enter the share", rustix::process::chdir(c"/"))?;
+    drop(tree);
     Ok(fds)
 }
 

@@ -159,7 +159,7 @@ pub fn spawn_share_threads(setup: ShareSetup) -> Result<VirtioFs, ShareError> {
     let (report, reports) = mpsc::channel();
     let (seal, identity) = (setup.seal, (setup.uid, setup.gid));
     let (tree, budget) = (setup.tree, split_budget(setup.fd_budget));
-    let lead = move || lead(&tree, identity, budget, &seal, report);
+    let lead = move || lead(tree, identity, budget, &seal, report);
     let leader = spawn(0, lead).map_err(|error| error.of(tag.clone()))?;
     let mut share = None;
     let mut ready = 0;
@@ -206,7 +206,7 @@ enum Report {
 
 /// The first thread: enters the share and drops its privileges; the others inherit both from it.
 fn lead(
-    tree: &OwnedFd,
+    tree: OwnedFd,
     (uid, gid): (u32, u32),
     budget: FdBudget,
     seal: &Seal,

@@ -134,6 +134,8 @@ fn condition(when: &When) -> Result<SeccompCondition, seccompiler::BackendError>
 /// # Errors
 /// The kernel has no seccomp.
 pub fn confine(filter: &Filter) -> Result<(), FilterError> {
+    #[cfg(feature = "drill")]
+    crate::drill::stand_by();
     seccompiler::apply_filter(&filter.0).map_err(FilterError::Apply)
 }
 

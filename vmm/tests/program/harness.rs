@@ -7,12 +7,18 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{self, SigSet, SigmaskHow};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
+    SeccompRule, TargetArch,
+};
 use std::ffi::CStr;
 use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
 /// How long a run of the VMM may take before a test gives up on it, in seconds.
@@ -180,6 +186,7 @@ pub(crate) fn named(name: &CStr, bytes: &[u8]) -> File {
 
 /// A VMM to be started.
 pub(crate) struct Vmm {
+    pub program: PathBuf,
     pub kernel: File,
     pub cpus: u8,
     pub memory_mib: u64,
@@ -190,6 +197,7 @@ pub(crate) struct Vmm {
 impl Vmm {
     pub(crate) fn new(kernel: &[u8]) -> Vmm {
         Vmm {
+            program: env!("CARGO_BIN_EXE_capsid-vmm").into(),
             kernel: inherited(kernel),
             cpus: 1,
             memory_mib: 64,
@@ -219,7 +227,7 @@ impl Vmm {
             self.more,
         );
         let config = inherited(config.as_bytes());
-        let mut command = Command::new(env!("CARGO_BIN_EXE_capsid-vmm"));
+        let mut command = Command::new(&self.program);
         command
             .args(["--config-fd", &config.as_raw_fd().to_string()])
             .env("OWNERS_SECRET", "not for a guest")
@@ -251,6 +259,59 @@ pub(crate) fn spawn(command: &mut Command) -> Child {
     setns(own, CloneFlags::CLONE_NEWPID).unwrap();
     before.thread_set_mask().unwrap();
     child.unwrap()
+}
+
+/// A system call, or some of its calls.
+#[derive(Clone, Copy)]
+pub(crate) struct Call {
+    number: i64,
+    /// An argument, some bits of it, and their value.
+    only: Option<(u8, u64, u64)>,
+}
+
+impl Call {
+    pub(crate) fn any(number: i64) -> Call {
+        Call { number, only: None }
+    }
+
+    /// With this argument.
+    pub(crate) fn with(number: i64, argument: u8, value: impl Into<i64>) -> Call {
+        let only = Some((argument, u64::from(u32::MAX), value.into() as u64));
+        Call { number, only }
+    }
+
+    /// With this bit in its first argument.
+    pub(crate) fn with_flag(number: i64, flag: i32) -> Call {
+        let flag = flag as u64;
+        let only = Some((0, flag, flag));
+        Call { number, only }
+    }
+}
+
+/// Does something on a thread whose VMMs are refused a system call, as container runtimes and older kernels refuse some.
+///
+/// # Panics
+/// It panics.
+pub(crate) fn refused<T: Send>(call: Call, errno: Errno, what: impl FnOnce() -> T + Send) -> T {
+    let condition = |(argument, bits, value)| {
+        let operator = SeccompCmpOp::MaskedEq(bits);
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value).unwrap()
+    };
+    let rules = call
+        .only
+        .map(|only| SeccompRule::new(vec![condition(only)]).unwrap());
+    let refusal = SeccompFilter::new(
+        [(call.number, rules.into_iter().collect())].into(),
+        SeccompAction::Allow,
+        SeccompAction::Errno(errno.raw_os_error() as u32),
+        TargetArch::x86_64,
+    );
+    let refusal = BpfProgram::try_from(refusal.unwrap()).unwrap();
+    let confined = move || {
+        seccompiler::apply_filter(&refusal).unwrap();
+        what()
+    };
+    std::thread::scope(|scope| scope.spawn(confined).join()).unwrap()
 }
 
 /// A VMM that runs; killed when dropped.

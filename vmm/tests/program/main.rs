@@ -2,6 +2,7 @@
 //! refused, what the jail holds. Needs root and /dev/kvm; what cannot run here says so by name.
 
 mod control;
+mod drill;
 mod guests;
 mod harness;
 mod hostile;

@@ -1,10 +1,15 @@
 //! What the program refuses: one line on stderr, the exit code of the reason, and no guest that ran.
 
-use crate::harness::{Code, Ended, Vmm, can_run};
+use crate::harness::{Call, Code, Ended, GID, UID, Vmm, can_run, refused, spawn};
+use crate::jail::share;
 use capsid_protocol::exit::VmmExit;
+use libc::*;
+use rustix::io::Errno;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-fn refused(ended: &Ended, exit: VmmExit, words: &str) {
+fn no_guest(ended: &Ended, exit: VmmExit, words: &str) {
     assert_eq!(ended.exit, Some(exit), "{}", ended.stderr);
     assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
     assert!(ended.stderr.contains(words), "{}", ended.stderr);
@@ -13,7 +18,7 @@ fn refused(ended: &Ended, exit: VmmExit, words: &str) {
 
 fn kernel_refused(test: &str, kernel: &[u8], words: &str) {
     if can_run(test) {
-        refused(&Vmm::new(kernel).run(), VmmExit::BadKernel, words);
+        no_guest(&Vmm::new(kernel).run(), VmmExit::BadKernel, words);
     }
 }
 
@@ -66,7 +71,7 @@ fn more_memory_than_the_host_has_is_refused_with_both_sizes() {
     }
     let mut vmm = Vmm::of(&code());
     vmm.memory_mib = 512 * 1024;
-    refused(&vmm.run(), VmmExit::Memory, "this host has only");
+    no_guest(&vmm.run(), VmmExit::Memory, "this host has only");
 }
 
 #[test]
@@ -76,7 +81,7 @@ fn a_resource_that_is_not_open_is_named() {
     }
     let mut vmm = Vmm::of(&code());
     vmm.more = r#","initramfs_fd":999"#.to_owned();
-    refused(
+    no_guest(
         &vmm.run(),
         VmmExit::BadConfig,
         "initramfs_fd is fd 999, which is not open",
@@ -90,10 +95,10 @@ fn an_unknown_field_and_a_bad_number_are_refused_by_name() {
     }
     let mut vmm = Vmm::of(&code());
     vmm.more = r#","kernel_path":"/boot/vmlinuz""#.to_owned();
-    refused(&vmm.run(), VmmExit::BadConfig, "kernel_path");
+    no_guest(&vmm.run(), VmmExit::BadConfig, "kernel_path");
     let mut vmm = Vmm::of(&code());
     vmm.cpus = 33;
-    refused(&vmm.run(), VmmExit::BadConfig, "33 cpus");
+    no_guest(&vmm.run(), VmmExit::BadConfig, "33 cpus");
 }
 
 #[test]
@@ -103,7 +108,109 @@ fn a_vmm_that_is_not_the_first_of_a_pid_namespace_starts_no_guest() {
     }
     let running = Vmm::of(&code()).start_by(|command| command.spawn().unwrap());
     let words = "must be started as the first process of a PID namespace";
-    refused(&running.wait(), VmmExit::Jail, words);
+    no_guest(&running.wait(), VmmExit::Jail, words);
+}
+
+/// Each part of the jail with a call that takes it, and what the VMM says when the kernel refuses that call.
+#[rustfmt::skip] // One part a line.
+fn parts() -> Vec<(Call, &'static str)> {
+    let prctl = |what| Call::with(SYS_prctl, 0, what);
+    let limit = |which: u32| Call::with(SYS_prlimit64, 1, which);
+    let unshare = |namespaces| Call::with_flag(SYS_unshare, namespaces);
+    vec![
+        (limit(RLIMIT_CORE), "forbid core dumps"),
+        (limit(RLIMIT_MEMLOCK), "forbid locked memory"),
+        (unshare(CLONE_NEWNET), "enter network, IPC and UTS namespaces of its own"),
+        (unshare(CLONE_NEWNS), "enter a mount namespace of its own"),
+        (Call::any(SYS_mount), "cut its mounts off from the host's"),
+        (Call::any(SYS_fsopen), "move into an empty root"),
+        (Call::any(SYS_fsmount), "move into an empty root"),
+        (Call::any(SYS_move_mount), "move into an empty root"),
+        (Call::any(SYS_pivot_root), "move into an empty root"),
+        (Call::any(SYS_umount2), "move into an empty root"),
+        (prctl(PR_CAP_AMBIENT), "clear ambient capabilities"),
+        (prctl(PR_CAPBSET_DROP), "empty the capability bounding set"),
+        (Call::any(SYS_setgroups), "drop supplementary groups"),
+        (Call::any(SYS_setresgid), "change its group"),
+        (Call::any(SYS_setresuid), "change its user"),
+        (Call::any(SYS_capset), "drop its capabilities"),
+        (prctl(PR_SET_NO_NEW_PRIVS), "refuse new privileges"),
+        (Call::any(SYS_landlock_create_ruleset), "ask for the version of Landlock"),
+        (Call::any(SYS_landlock_restrict_self), "enter a Landlock domain"),
+        (prctl(PR_SET_DUMPABLE), "become undumpable"),
+        (prctl(PR_SET_PDEATHSIG), "ask for a signal at the death of its parent"),
+        (Call::any(SYS_seccomp), "put on a system call filter"),
+    ]
+}
+
+/// What a share's threads give up besides.
+#[rustfmt::skip] // One part a line.
+fn parts_of_a_share() -> Vec<(Call, &'static str)> {
+    vec![
+        (Call::with_flag(SYS_unshare, CLONE_NEWNS), "unshare the mount namespace"),
+        (Call::any(SYS_mount), "make the mounts private"),
+        (Call::any(SYS_open_tree), "open /proc/self/fd"),
+        (Call::any(SYS_mount_setattr), "restrict the share's mounts"),
+        (Call::any(SYS_move_mount), "attach the share's tree"),
+        (Call::any(SYS_pivot_root), "pivot into the share"),
+        (Call::any(SYS_umount2), "let go of the host's mounts"),
+        (Call::with(SYS_prctl, 0, PR_CAPBSET_DROP), "empty the bounding set"),
+        (Call::with(SYS_prctl, 0, PR_SET_SECUREBITS), "lock the secure bits"),
+        (Call::any(SYS_setgroups), "drop the supplementary groups"),
+        (Call::any(SYS_setresuid), "change the user"),
+        (Call::any(SYS_capset), "drop capabilities"),
+    ]
+}
+
+#[test]
+fn without_any_one_part_of_the_jail_no_guest_runs() {
+    if !can_run("without_any_one_part_of_the_jail_no_guest_runs") {
+        return;
+    }
+    for (call, words) in parts() {
+        let ended = refused(call, Errno::PERM, || Vmm::of(&code()).run());
+        no_guest(&ended, VmmExit::Jail, words);
+    }
+}
+
+#[test]
+fn without_any_one_part_of_the_jail_of_a_shares_threads_no_guest_runs() {
+    if !can_run("without_any_one_part_of_the_jail_of_a_shares_threads_no_guest_runs") {
+        return;
+    }
+    for (call, words) in parts_of_a_share() {
+        let ended = refused(call, Errno::PERM, || {
+            let share = share();
+            let mut vmm = Vmm::of(&code());
+            let fd = share.as_raw_fd();
+            vmm.more = format!(r#","shares":[{{"tag":"share","tree_fd":{fd}}}]"#);
+            vmm.run()
+        });
+        no_guest(&ended, VmmExit::Jail, words);
+    }
+}
+
+#[test]
+fn a_vmm_that_is_not_root_starts_no_guest() {
+    if !can_run("a_vmm_that_is_not_root_starts_no_guest") {
+        return;
+    }
+    let running = Vmm::of(&code()).start_by(|command| spawn(command.uid(UID).gid(GID)));
+    let words = "must start as root with CAP_SYS_ADMIN";
+    no_guest(&running.wait(), VmmExit::Jail, words);
+}
+
+#[test]
+fn on_a_kernel_without_landlock_the_guest_runs() {
+    if !can_run("on_a_kernel_without_landlock_the_guest_runs") {
+        return;
+    }
+    for errno in [Errno::NOSYS, Errno::OPNOTSUPP] {
+        let without = Call::any(SYS_landlock_create_ruleset);
+        let ended = refused(without, errno, || Vmm::of(&code()).run());
+        assert_eq!(ended.exit, Some(VmmExit::PowerOff), "{}", ended.stderr);
+        assert_eq!((ended.serial.as_str(), ended.stderr.as_str()), ("ran", ""));
+    }
 }
 
 #[test]

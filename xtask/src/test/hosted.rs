@@ -87,6 +87,9 @@ pub(super) fn vmm(
     for guest in programs::build_hostile_guest(context.progress, context.workspace)? {
         artifacts.add(Some("CAPSID_HOSTILE_GUEST"), guest, "lib/hostile-guest");
     }
+    for drill in programs::build_drill(context.progress, context.workspace)? {
+        artifacts.add(Some("CAPSID_VMM_DRILL"), drill, "lib/capsid-vmm-drill");
+    }
     let tests = Tests::build(context, VMM, artifacts)?;
     run(context, &tests, place, filters)
 }
