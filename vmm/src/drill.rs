@@ -20,6 +20,9 @@ compile_error!("the feature `drill` is for tests of the program: no release buil
 /// Bytes of the page on standard input.
 const PAGE_BYTES: usize = 4096;
 
+/// Added to a number, it is one of the table of i386, whose calls any thread of this machine can make; without arguments.
+const I386: i64 = 1 << 32;
+
 /// What the page begins with; the rest is for what arguments point to.
 #[repr(C)]
 struct Order {
@@ -86,14 +89,32 @@ extern "C" fn obey(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void
     let before = unsafe { *error };
     // SAFETY: none is meant: this is what a thread does that is no longer ours. The owner chooses calls that a filter refuses, or
     // that leave this process's memory alone.
-    let mut result = unsafe { libc::syscall(number, a, b, c, d, e, f) };
-    // SAFETY: as above.
-    unsafe {
-        if result == -1 {
-            result = -i64::from(*error);
+    let result = unsafe {
+        match number.checked_sub(I386) {
+            Some(number @ 0..) => call_i386(number),
+            _ => match libc::syscall(number, a, b, c, d, e, f) {
+                -1 => -i64::from(*error),
+                result => result,
+            },
         }
-        *error = before;
-    }
+    };
+    // SAFETY: as above.
+    unsafe { *error = before };
     // SAFETY: 8 bytes of the stack, which are only read.
     unsafe { libc::write(libc::STDOUT_FILENO, (&raw const result).cast(), 8) };
+}
+
+/// # Safety
+/// The call takes no arguments.
+unsafe fn call_i386(number: i64) -> i64 {
+    let result;
+    // SAFETY: the kernel looks at no more than the number, keeps the stack and gives back all registers but these (entry_64_compat.S).
+    unsafe {
+        std::arch::asm!(
+            "int 0x80",
+            inlateout("rax") number => result,
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+        );
+    }
+    result
 }

@@ -2,7 +2,7 @@
 
 #[path = "../../../tests/src/control.rs"]
 #[allow(unreachable_pub)] // It is public in the other package.
-mod channel;
+pub(crate) mod channel;
 
 use crate::harness::{Code, Ended, Running, Vmm, can_run, inherited};
 use capsid_protocol::control::{MachineCounters, MachineState, NewDisk, Reply, Request, RunState};
@@ -44,7 +44,7 @@ fn counters(control: &mut Control) -> MachineCounters {
     }
 }
 
-fn new_disk(id: &str) -> Request {
+pub(crate) fn new_disk(id: &str) -> Request {
     Request::AttachDisk(NewDisk {
         id: id.to_owned(),
         read_only: false,

@@ -137,6 +137,16 @@ impl Code {
         self
     }
 
+    /// Writes to each page of memory from `address` on, for ever.
+    pub(crate) fn touch_from(mut self, address: u32) -> Code {
+        self.0.push(0xbf);
+        self.0.extend(address.to_le_bytes());
+        // `mov [edi], edi`; `add edi, 0x1000`; `jmp` back to the first.
+        self.0
+            .extend([0x89, 0x3f, 0x81, 0xc7, 0x00, 0x10, 0x00, 0x00, 0xeb, 0xf6]);
+        self
+    }
+
     /// An ELF file with a PVH note that enters at the first byte.
     pub(crate) fn kernel(&self) -> Vec<u8> {
         let mut note = Vec::new();
@@ -190,6 +200,8 @@ pub(crate) struct Vmm {
     pub kernel: File,
     pub cpus: u8,
     pub memory_mib: u64,
+    /// Whom it becomes: user and group.
+    pub identity: (u32, u32),
     /// Members added to the JSON of the configuration.
     pub more: String,
 }
@@ -201,6 +213,7 @@ impl Vmm {
             kernel: inherited(kernel),
             cpus: 1,
             memory_mib: 64,
+            identity: (UID, GID),
             more: String::new(),
         }
     }
@@ -214,16 +227,27 @@ impl Vmm {
     }
 
     pub(crate) fn start_by(self, spawn: impl Fn(&mut Command) -> Child) -> Running {
+        let mut prepared = self.prepare();
+        Running {
+            child: spawn(&mut prepared.command),
+            serial: prepared.serial,
+            report: prepared.report,
+        }
+    }
+
+    pub(crate) fn prepare(self) -> Prepared {
         let serial = inherited(b"");
         let report = inherited(b"");
         let config = format!(
             r#"{{"version":1,"id":"test","cpus":{},"memory_mib":{},"kernel_fd":{},"report_fd":{},
-                "serial":{{"fd":{}}},"jail":{{"uid":{UID},"gid":{GID}}}{}}}"#,
+                "serial":{{"fd":{}}},"jail":{{"uid":{},"gid":{}}}{}}}"#,
             self.cpus,
             self.memory_mib,
             self.kernel.as_raw_fd(),
             report.as_raw_fd(),
             serial.as_raw_fd(),
+            self.identity.0,
+            self.identity.1,
             self.more,
         );
         let config = inherited(config.as_bytes());
@@ -234,11 +258,11 @@ impl Vmm {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());
-        let child = spawn(&mut command);
-        Running {
-            child,
+        Prepared {
+            command,
             serial,
             report,
+            _inherited: [config, self.kernel],
         }
     }
 
@@ -247,13 +271,26 @@ impl Vmm {
     }
 }
 
-/// Starts it as an owner does: the first process of a PID namespace, with the signals that it reads from an fd blocked.
-pub(crate) fn spawn(command: &mut Command) -> Child {
-    let own = File::open("/proc/thread-self/ns/pid").unwrap();
+/// A VMM that was not started yet.
+pub(crate) struct Prepared {
+    pub command: Command,
+    pub serial: File,
+    report: File,
+    _inherited: [File; 2],
+}
+
+/// The signals that a VMM reads from an fd, blocked for the calling thread and what it starts; the mask before.
+pub(crate) fn block_signals() -> SigSet {
     let mut signals = SigSet::empty();
     signals.add(signal::Signal::SIGTERM);
     signals.add(signal::Signal::SIGINT);
-    let before = signals.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap();
+    signals.thread_swap_mask(SigmaskHow::SIG_BLOCK).unwrap()
+}
+
+/// Starts it as an owner does: the first process of a PID namespace, with the signals that it reads from an fd blocked.
+pub(crate) fn spawn(command: &mut Command) -> Child {
+    let own = File::open("/proc/thread-self/ns/pid").unwrap();
+    let before = block_signals();
     unshare(CloneFlags::CLONE_NEWPID).unwrap();
     let child = command.spawn();
     setns(own, CloneFlags::CLONE_NEWPID).unwrap();
@@ -406,7 +443,7 @@ fn raw_contents(file: &File) -> Vec<u8> {
     bytes
 }
 
-fn contents(file: &File) -> String {
+pub(crate) fn contents(file: &File) -> String {
     String::from_utf8_lossy(&raw_contents(file)).into_owned()
 }
 

@@ -1,9 +1,17 @@
 //! What a VMM with a running guest still is and holds, read back from `/proc`, thread by thread and descriptor by descriptor.
 
+#[path = "../../../tests/src/tap.rs"]
+#[allow(unreachable_pub, dead_code)] // It is public in the other package, which uses more of it.
+mod tap;
+
+use crate::control::channel::Control;
+use crate::control::new_disk;
 use crate::harness::{Call, Code, GID, Running, UID, Vmm, can_run, inherited, named, refused};
 use crate::owner;
+use capsid_protocol::control::{NewNic, Request};
+use capsid_protocol::machine::Mac;
 use rustix::fs::{Mode, OFlags, PROC_SUPER_MAGIC, ftruncate, openat, statfs};
-use rustix::io::Errno;
+use rustix::io::{Errno, FdFlags, fcntl_setfd};
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::CStr;
@@ -11,6 +19,7 @@ use std::fs::{File, metadata, read_dir, read_link, read_to_string};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use tap::taps;
 
 /// The namespaces that every VM has for itself.
 const NAMESPACES: [&str; 5] = ["mnt", "net", "ipc", "uts", "pid"];
@@ -22,22 +31,29 @@ const NO_CAPABILITIES: &str = "0000000000000000";
 const DISK_BYTES: u64 = 1 << 20;
 pub(crate) const IN_THE_SHARE: &CStr = c"/a file of the share";
 
-/// A VM with everything but network cards, which take a network of the tester's.
+/// A VM with two vCPUs, a disk, a share and an owner.
 struct Full {
     process: PathBuf,
+    identity: (u32, u32),
     _running: Running,
     _owner: OwnedFd,
 }
 
 impl Full {
     fn start() -> Full {
+        Full::start_with((UID, GID), "")
+    }
+
+    /// With another identity; `more` is added to its configuration.
+    fn start_with(identity: (u32, u32), more: &str) -> Full {
         let mut vmm = Vmm::of(&Code::default().print("up").spin());
         vmm.cpus = 2;
+        vmm.identity = identity;
         let disk = named(c"disk", b"");
         ftruncate(&disk, DISK_BYTES).unwrap();
         let share = share();
         vmm.more = format!(
-            r#","disks":[{{"fd":{},"id":"disk"}}],"shares":[{{"tag":"share","tree_fd":{}}}]"#,
+            r#","disks":[{{"fd":{},"id":"disk"}}],"shares":[{{"tag":"share","tree_fd":{}}}]{more}"#,
             disk.as_raw_fd(),
             share.as_raw_fd(),
         );
@@ -45,6 +61,7 @@ impl Full {
         running.printed("up");
         Full {
             process: PathBuf::from(format!("/proc/{}", running.child.id())),
+            identity,
             _running: running,
             _owner: owner,
         }
@@ -66,6 +83,16 @@ impl Full {
 
     fn has_ring(&self) -> bool {
         self.fds().contains_key("io_uring")
+    }
+
+    /// Every thread is whom the VM was told to become, and sees nothing. `filters` as in [`Thread::is_nobody`].
+    fn is_jailed(&self, filters: usize) {
+        let threads = self.threads();
+        assert_eq!(names(&threads), expected_names(self.has_ring()));
+        for thread in &threads {
+            thread.is_nobody(self.identity, filters);
+            thread.sees_nothing_of_the_host();
+        }
     }
 }
 
@@ -138,15 +165,15 @@ impl Thread {
     }
 
     /// Who it is and what it may do, whatever kind it is of. `filters` are those of its own and of whoever started the VMM.
-    fn is_nobody(&self, filters: usize) {
+    fn is_nobody(&self, (user, group): (u32, u32), filters: usize) {
         let name = self.name();
         let (file_user, file_group, capabilities) = match self.serves_a_share() {
             true => (0, 0, SHARE_CAPABILITIES),
-            false => (UID, GID, NO_CAPABILITIES),
+            false => (user, group, NO_CAPABILITIES),
         };
-        let uids = format!("{UID}\t{UID}\t{UID}\t{file_user}");
+        let uids = format!("{user}\t{user}\t{user}\t{file_user}");
         assert_eq!(self.field("Uid"), uids, "{name}");
-        let gids = format!("{GID}\t{GID}\t{GID}\t{file_group}");
+        let gids = format!("{group}\t{group}\t{group}\t{file_group}");
         assert_eq!(self.field("Gid"), gids, "{name}");
         assert_eq!(self.field("Groups"), "", "{name}");
         for set in ["CapEff", "CapPrm"] {
@@ -210,13 +237,7 @@ fn every_thread_of_a_running_vmm_is_nobody_and_sees_nothing() {
     if !can_run("every_thread_of_a_running_vmm_is_nobody_and_sees_nothing") {
         return;
     }
-    let vm = Full::start();
-    let threads = vm.threads();
-    assert_eq!(names(&threads), expected_names(vm.has_ring()));
-    for thread in &threads {
-        thread.is_nobody(1);
-        thread.sees_nothing_of_the_host();
-    }
+    Full::start().is_jailed(1);
 }
 
 #[test]
@@ -227,21 +248,19 @@ fn on_a_host_without_io_uring_the_threads_of_the_disks_are_jailed_as_well() {
     refused(Call::any(libc::SYS_io_uring_setup), Errno::PERM, || {
         let vm = Full::start();
         assert!(!vm.has_ring());
-        let threads = vm.threads();
-        assert_eq!(names(&threads), expected_names(false));
-        for thread in &threads {
-            thread.is_nobody(2);
-            thread.sees_nothing_of_the_host();
-        }
+        vm.is_jailed(2);
     });
 }
 
 #[test]
-fn every_vm_has_namespaces_of_its_own() {
-    if !can_run("every_vm_has_namespaces_of_its_own") {
+fn two_vms_at_once_share_no_user_no_group_and_no_namespace() {
+    if !can_run("two_vms_at_once_share_no_user_no_group_and_no_namespace") {
         return;
     }
-    let (first, second) = (Full::start(), Full::start());
+    let first = Full::start();
+    let second = Full::start_with((UID + 10, GID + 10), "");
+    first.is_jailed(1);
+    second.is_jailed(1);
     let of = |vm: &Full, name: &str| -> BTreeSet<PathBuf> {
         let threads = vm.threads();
         threads
@@ -295,16 +314,8 @@ fn a_running_vmm_has_limits_and_leaves_no_dump() {
     assert_eq!(guest, 1, "{maps}");
 }
 
-#[test]
-fn a_running_vmm_holds_exactly_these_fds_and_no_environment() {
-    if !can_run("a_running_vmm_holds_exactly_these_fds_and_no_environment") {
-        return;
-    }
-    // An fd that came along by mistake.
-    let stray = inherited(b"stray");
-    let vm = Full::start();
-    let ring = usize::from(vm.has_ring());
-    // Kernel and configuration are closed, and so is /dev/kvm.
+/// What every [`Full`] holds.
+fn base_fds(ring: bool) -> BTreeMap<String, usize> {
     let expected = [
         // Standard input and output; errors.
         ("/dev/null", 2),
@@ -324,16 +335,102 @@ fn a_running_vmm_holds_exactly_these_fds_and_no_environment() {
         // The end of the VM, the serial port's interrupt, vsock that has room again, completions of the disks, a pause that is reached;
         // and one for each queue: 1 of rng, 3 of vsock, 5 of the balloon, 1 of the disk, 2 of the share.
         ("eventfd", 5 + 12),
-        ("io_uring", ring),
+        ("io_uring", usize::from(ring)),
         // Where the share begins, and where its threads find their own descriptors.
         ("root of a share", 1),
         ("/proc/self/fd", 1),
     ];
     let expected = expected.map(|(kind, count)| (kind.to_owned(), count));
-    let expected = expected.into_iter().filter(|(_, count)| *count > 0);
-    assert_eq!(vm.fds(), expected.collect());
+    expected
+        .into_iter()
+        .filter(|(_, count)| *count > 0)
+        .collect()
+}
+
+/// The same and some more.
+fn with_more(mut fds: BTreeMap<String, usize>, more: &[(&str, usize)]) -> BTreeMap<String, usize> {
+    for (kind, count) in more {
+        *fds.entry((*kind).to_owned()).or_default() += count;
+    }
+    fds
+}
+
+#[test]
+fn a_running_vmm_holds_exactly_these_fds_and_no_environment() {
+    if !can_run("a_running_vmm_holds_exactly_these_fds_and_no_environment") {
+        return;
+    }
+    // An fd that came along by mistake.
+    let stray = inherited(b"stray");
+    let vm = Full::start();
+    // Kernel and configuration are closed, and so is /dev/kvm.
+    assert_eq!(vm.fds(), base_fds(vm.has_ring()));
     drop(stray);
     let environment = File::open(vm.process.join("environ")).unwrap();
     let environment = std::io::read_to_string(environment).unwrap();
     assert!(!environment.contains("not for a guest"), "{environment:?}");
+}
+
+#[test]
+fn cards_and_what_came_by_the_control_channel_hold_exactly_these_fds() {
+    let test = "cards_and_what_came_by_the_control_channel_hold_exactly_these_fds";
+    if !can_run(test) || !has_taps(test) {
+        return;
+    }
+    // On a thread of its own, whose network goes with it.
+    let run = || {
+        let (mut control, theirs) = Control::pair();
+        let pair = taps(2, 1500).unwrap();
+        let inherited: Vec<i32> = pair
+            .iter()
+            .map(|tap| {
+                fcntl_setfd(tap, FdFlags::empty()).unwrap();
+                tap.as_raw_fd()
+            })
+            .collect();
+        let more = format!(
+            r#","control_fd":{},"nics":[{{"tap_fds":{inherited:?},"mac":"02:00:00:00:00:01","mtu":1500}}]"#,
+            theirs.as_raw_fd()
+        );
+        let vm = Full::start_with((UID, GID), &more);
+        drop(theirs);
+        let start = with_more(
+            base_fds(vm.has_ring()),
+            // The control channel; both queues of the tap device; a card's queues: two pairs and one for control.
+            &[("socket", 1), ("/dev/net/tun", 2), ("eventfd", 5)],
+        );
+        assert_eq!(vm.fds(), start);
+
+        let file = named(c"later", &[7; 4096]);
+        control.attach(&new_disk("later"), &[&file]);
+        let tap = taps(1, 1500).unwrap();
+        let mac = Mac::try_from("02:00:00:00:00:02".to_owned()).unwrap();
+        control.attach(&Request::AttachNic(NewNic { mac, mtu: 1500 }), &tap);
+        let later = with_more(
+            start.clone(),
+            // A disk of one queue, and a card of one pair.
+            &[
+                ("/memfd:later (deleted)", 1),
+                ("/dev/net/tun", 1),
+                ("eventfd", 1 + 2),
+            ],
+        );
+        assert_eq!(vm.fds(), later);
+        vm.is_jailed(1);
+
+        let id = "later".to_owned();
+        control.done(&Request::DetachDisk { id });
+        control.done(&Request::DetachNic { mac });
+        assert_eq!(vm.fds(), start);
+    };
+    std::thread::spawn(run).join().unwrap();
+}
+
+/// Whether there are tap devices here; says so loudly if not.
+fn has_taps(test: &str) -> bool {
+    let tun = File::options().read(true).write(true).open("/dev/net/tun");
+    if tun.is_err() {
+        eprintln!("SKIPPED {test}: needs /dev/net/tun");
+    }
+    tun.is_ok()
 }

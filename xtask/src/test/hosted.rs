@@ -42,12 +42,17 @@ const HARNESS_FLAGS: [&str; 2] = ["--test-threads=1", SHOW_OUTPUT];
 const TESTBEDS_MAX: usize = 4;
 /// Into so many pieces the tests of each testbed are cut: each starts from the saved state, which takes two seconds.
 const SHARES_PER_TESTBED: usize = 4;
-/// Tests that take minutes where others take seconds, the longest first. Each is a share of its own, and they begin first, so
+/// Tests that take a minute and more where others take seconds, the longest first. Each is a share of its own, and they begin first, so
 /// that no testbed is left alone with one at the end.
-const LONG: [&str; 3] = [
+const LONG: [&str; 8] = [
     "volumes::a_hundred_thousand_files_are_listed_and_read",
     "run::thirty_two_cpus_come_up",
     "streams::a_quarter_gibibyte_goes_through_and_comes_back",
+    "drill::another_thread_of_a_share_does_none_of_the_forbidden_acts",
+    "drill::the_first_thread_of_a_share_does_none_of_the_forbidden_acts",
+    "drill::the_main_thread_does_none_of_the_forbidden_acts",
+    "drill::a_disks_thread_does_none_of_the_forbidden_acts",
+    "drill::a_vcpus_thread_does_none_of_the_forbidden_acts",
 ];
 /// A share that takes longer hangs; most take a few minutes.
 const SHARE_LIMIT_S: u64 = 45 * 60;

@@ -50,6 +50,22 @@ enum Kind {
 }
 
 impl Kind {
+    const ALL: [Kind; 5] = [
+        Kind::Main,
+        Kind::Vcpu,
+        Kind::Disk,
+        Kind::ShareLead,
+        Kind::Share,
+    ];
+
+    /// Does something where there are such threads; those of disks are there where no ring can be had.
+    fn where_it_is<T: Send>(self, what: impl FnOnce() -> T + Send) -> T {
+        match self {
+            Kind::Disk => refused(Call::any(libc::SYS_io_uring_setup), Errno::PERM, what),
+            _ => what(),
+        }
+    }
+
     fn thread(self) -> &'static str {
         match self {
             // The first 15 bytes of the file's name.
@@ -263,10 +279,8 @@ fn a_vcpus_thread_does_none_of_the_forbidden_acts() {
 
 #[test]
 fn a_disks_thread_does_none_of_the_forbidden_acts() {
-    // There are such threads where there is no ring.
-    refused(Call::any(libc::SYS_io_uring_setup), Errno::PERM, || {
-        drill("a_disks_thread_does_none_of_the_forbidden_acts", Kind::Disk);
-    });
+    let test = "a_disks_thread_does_none_of_the_forbidden_acts";
+    Kind::Disk.where_it_is(|| drill(test, Kind::Disk));
 }
 
 #[test]
@@ -279,6 +293,21 @@ fn the_first_thread_of_a_share_does_none_of_the_forbidden_acts() {
 fn another_thread_of_a_share_does_none_of_the_forbidden_acts() {
     let test = "another_thread_of_a_share_does_none_of_the_forbidden_acts";
     drill(test, Kind::Share);
+}
+
+#[test]
+fn no_thread_makes_a_call_of_i386() {
+    /// `I386` of the drill, and getpid in that table.
+    const CALL: i64 = (1 << 32) + 20;
+    let Some(program) = program("no_thread_makes_a_call_of_i386") else {
+        return;
+    };
+    for kind in Kind::ALL {
+        let outcome = kind.where_it_is(|| Drilled::start(&program, kind).does(CALL, &[]));
+        // A kernel without that table answers the instruction itself.
+        let ends = [libc::SIGSYS, libc::SIGSEGV].map(Outcome::Killed);
+        assert!(ends.contains(&outcome), "{kind:?}: {outcome:?}");
+    }
 }
 
 #[test]
