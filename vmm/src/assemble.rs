@@ -144,6 +144,15 @@ impl AssembleError {
             | AssembleError::Filter(_)
             | AssembleError::Share(ShareError::Confine { .. })
             | AssembleError::Vcpus(VcpusError::Filter(_)) => VmmExit::Jail,
+            // A thread of a device that could not put its filter on.
+            AssembleError::Share(ShareError::Thread { cause, .. })
+            | AssembleError::Host { cause, .. }
+                if cause
+                    .get_ref()
+                    .is_some_and(|cause| cause.is::<FilterError>()) =>
+            {
+                VmmExit::Jail
+            }
             AssembleError::Host { .. }
             | AssembleError::Control(_)
             | AssembleError::Board(_)

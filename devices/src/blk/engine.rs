@@ -71,7 +71,9 @@ struct Flight {
 }
 
 struct Attached {
-    file: File,
+    /// Where calls are made by threads. A ring has its files to itself: the process keeps no descriptor of them, by which another
+    /// of its threads could reach a disk.
+    file: Option<File>,
     client: Option<Arc<dyn Client>>,
     under_way: usize,
 }
@@ -223,9 +225,13 @@ impl DiskIo {
         let mut table = self.lock();
         let place = table.disks.iter().position(Option::is_none);
         let number = place.ok_or(io::ErrorKind::StorageFull)?;
-        if let Backend::Ring(ring) = &self.backend {
-            ring.set_file(number as u8, file.as_raw_fd())?;
-        }
+        let file = match &self.backend {
+            Backend::Ring(ring) => {
+                ring.set_file(number as u8, file.as_raw_fd())?;
+                None
+            }
+            Backend::Workers(_) => Some(file),
+        };
         if let Some(place) = table.disks.get_mut(number) {
             *place = Some(Attached {
                 file,
@@ -337,7 +343,8 @@ impl DiskIo {
             }
             Backend::Workers(workers) => {
                 let attached = table.disks.get(usize::from(disk)).and_then(Option::as_ref);
-                let file = attached.map_or(-1, |attached| attached.file.as_raw_fd());
+                let file = attached.and_then(|attached| attached.file.as_ref());
+                let file = file.map_or(-1, File::as_raw_fd);
                 // SAFETY: as above, and a disk's file stays in the table while calls of it are under way.
                 unsafe { workers.push(file, &submission) };
                 Ok(())

@@ -1,6 +1,6 @@
 //! What the program refuses: one line on stderr, the exit code of the reason, and no guest that ran.
 
-use crate::harness::{Call, Code, Ended, GID, UID, Vmm, can_run, refused, spawn};
+use crate::harness::{Call, Code, Ended, GID, UID, Vmm, can_run, inherited, refused, spawn};
 use crate::jail::share;
 use capsid_protocol::exit::VmmExit;
 use libc::*;
@@ -159,6 +159,7 @@ fn parts_of_a_share() -> Vec<(Call, &'static str)> {
         (Call::any(SYS_setgroups), "drop the supplementary groups"),
         (Call::any(SYS_setresuid), "change the user"),
         (Call::any(SYS_capset), "drop capabilities"),
+        (Call::any(SYS_seccomp), "seal a file-system thread"),
     ]
 }
 
@@ -188,6 +189,24 @@ fn without_any_one_part_of_the_jail_of_a_shares_threads_no_guest_runs() {
         });
         no_guest(&ended, VmmExit::Jail, words);
     }
+}
+
+#[test]
+fn without_the_filter_of_a_disks_threads_no_guest_runs() {
+    if !can_run("without_the_filter_of_a_disks_threads_no_guest_runs") {
+        return;
+    }
+    let without = Call::any(SYS_seccomp);
+    // There are such threads where no ring can be had.
+    let ended = refused(Call::any(SYS_io_uring_setup), Errno::PERM, || {
+        refused(without, Errno::PERM, || {
+            let disk = inherited(&[7; 4096]);
+            let mut vmm = Vmm::of(&code());
+            vmm.more = format!(r#","disks":[{{"fd":{},"id":"disk"}}]"#, disk.as_raw_fd());
+            vmm.run()
+        })
+    });
+    no_guest(&ended, VmmExit::Jail, "start the threads of the disks");
 }
 
 #[test]

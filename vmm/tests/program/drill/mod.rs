@@ -180,8 +180,8 @@ impl Drilled {
             Argument::Bytes(bytes) => stored(bytes),
             Argument::Page => page,
             Argument::ShareRoot => self.fd("root of a share"),
-            Argument::DiskName => {
-                let fd = self.fd("/memfd:disk (deleted)");
+            Argument::HostFile => {
+                let fd = self.fd("/memfd:test (deleted)");
                 stored(format!("{fd}\0").as_bytes())
             }
         }
