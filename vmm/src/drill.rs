@@ -1,6 +1,6 @@
 //! The drill: threads that make whatever system call they are told to, as they would if a guest had taken them over.
 //!
-//! Only in builds with the feature `drill`, which are made for the tests of the program (`vmm/tests/program/drill.rs`) and for
+//! Only in builds with the feature `drill`, which are made for the tests of the program (`vmm/tests/program/drill`) and for
 //! nothing else; a release build with it does not compile.
 //!
 //! What is forbidden is the test's to say. Here is only how a thread hears of it: on standard input the owner left a page, in

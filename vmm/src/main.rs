@@ -28,6 +28,7 @@ enum Command {
     Version,
 }
 
+// Also what `capsid-vmm-drill` does.
 pub(crate) fn main() {
     std::panic::set_hook(Box::new(|panic| {
         let mut line = format!("capsid-vmm: {}: {panic}", VmmExit::Internal.describe());

@@ -10,10 +10,10 @@
 //! CAP_DAC_READ_SEARCH: with that and `open_by_handle_at` a thread taken over could open any file of the
 //! share's file system, inside the share or not (the reason for [`super::nodes`]).
 //!
-//! What is left to it: descriptors are the whole process's. A disk has none where the host has io_uring ([`crate::blk`]). Where
-//! it has not, a thread taken over reads and writes the VM's own disks, and by `/proc/self/fd` it opens such a file anew, for
-//! writing too, and changes its mode and owner. An owner of such a host that gives a read-only disk beside a share opens it on
-//! a read-only mount, which holds against that as well.
+//! What is left to it: descriptors are the whole process's. A thread taken over reads and writes what the VMM holds, by
+//! `/proc/self/fd` it opens such a file anew, for writing too, and changes its mode and owner. A disk has no descriptor where
+//! the host has io_uring ([`crate::blk`]). Where it has not, an owner that gives a read-only disk beside a share opens it on a
+//! read-only mount, which holds against that as well; for the serial port and the report it has pipes and files without a name.
 //!
 //! `unsafe`: `unshare` and `mount_setattr` have no safe wrapper.
 #![allow(unsafe_code)]
