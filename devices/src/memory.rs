@@ -7,17 +7,91 @@
 //! A slice that was taken before its block was unplugged stays mapped, and a request that is under way may still write there. What it
 //! writes the guest cannot read; the pages go when the block is plugged or unplugged the next time. So at most what all queues together
 //! have under way is held beyond what is plugged, for each time that blocks are unplugged, and never more than the whole region.
+//!
+//! [`slice_of`] is the one way to its bytes: a whole range or nothing. What `vm_memory` has beside it (a start address alone, as
+//! many bytes as there are, a walk over region boundaries) is forbidden by `clippy.toml` outside of this file.
+
+// This is the one way.
+#![allow(clippy::disallowed_methods, clippy::disallowed_types)]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use vm_memory::bitmap::BS;
 use vm_memory::{
-    GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
-    GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress, VolatileSlice,
+    ByteValued, Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion,
+    GuestMemoryRegionBytes, GuestRegionCollection, GuestRegionMmap, MemoryRegionAddress,
+    MmapRegion, VolatileSlice,
 };
 
 /// The guest's memory: regions shared by all of the VMM's threads.
 pub type GuestMemory = Arc<GuestRegionCollection<Region>>;
+
+/// Bytes that nobody gets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{address:#x}+{bytes:#x} is empty or not in one region of guest memory")]
+pub struct NotMemory {
+    /// Guest-physical address of the first.
+    pub address: u64,
+    /// How many.
+    pub bytes: usize,
+}
+
+impl From<NotMemory> for GuestMemoryError {
+    fn from(refused: NotMemory) -> GuestMemoryError {
+        GuestMemoryError::InvalidGuestAddress(GuestAddress(refused.address))
+    }
+}
+
+/// The `bytes` bytes from guest-physical `address` on, at least one, as one slice: checked with their whole length, all in one region
+/// and all of them memory (CVE-2019-18960, CVE-2026-5747).
+///
+/// # Errors
+/// There is a byte among them that is not, or there is none.
+pub fn slice_of(
+    memory: &GuestMemory,
+    address: u64,
+    bytes: usize,
+) -> Result<VolatileSlice<'_>, NotMemory> {
+    let refused = NotMemory { address, bytes };
+    if bytes == 0 {
+        return Err(refused);
+    }
+    let slice = memory.get_slice(GuestAddress(address), bytes);
+    slice.map_err(|_| refused)
+}
+
+/// A structure, read once.
+///
+/// # Errors
+/// As [`slice_of`].
+pub fn read<T: ByteValued + Default>(memory: &GuestMemory, address: u64) -> Result<T, NotMemory> {
+    let slice = slice_of(memory, address, size_of::<T>())?;
+    let mut value = T::default();
+    slice.copy_to(value.as_mut_slice());
+    Ok(value)
+}
+
+/// All of `bytes`, or nothing.
+///
+/// # Errors
+/// As [`slice_of`].
+pub fn write(memory: &GuestMemory, address: u64, bytes: &[u8]) -> Result<(), NotMemory> {
+    slice_of(memory, address, bytes.len())?.copy_from(bytes);
+    Ok(())
+}
+
+/// A field of two bytes that the driver may change at this moment, read at once.
+///
+/// # Errors
+/// As [`slice_of`], or the address is odd.
+pub(crate) fn load(memory: &GuestMemory, address: u64) -> Result<u16, NotMemory> {
+    let field = slice_of(memory, address, size_of::<u16>())?;
+    let loaded = field.load(0, Ordering::Relaxed).map(u16::from_le);
+    loaded.map_err(|_| NotMemory {
+        address,
+        bytes: size_of::<u16>(),
+    })
+}
 
 /// One range of guest-physical addresses, mapped as long as anybody has the memory.
 #[derive(Debug)]
@@ -27,21 +101,21 @@ pub struct Region {
 }
 
 impl Region {
-    /// Memory that is there from the start.
-    pub fn boot(mapping: GuestRegionMmap<()>) -> Region {
-        Region {
-            mapping,
+    /// Memory from guest-physical `start` on that is there from the start; `None` if it went on beyond 2^64.
+    pub fn boot(start: u64, mapping: MmapRegion) -> Option<Region> {
+        Some(Region {
+            mapping: GuestRegionMmap::new(mapping, GuestAddress(start))?,
             blocks: None,
-        }
+        })
     }
 
     /// Address space for blocks of `block_bytes`, a power of two, none of which is plugged. A part of a block at the end is never memory.
-    pub fn pluggable(mapping: GuestRegionMmap<()>, block_bytes: u64) -> Region {
-        let blocks = Blocks::new(mapping.len() / block_bytes, block_bytes);
-        Region {
-            mapping,
+    pub fn pluggable(start: u64, mapping: MmapRegion, block_bytes: u64) -> Option<Region> {
+        let blocks = Blocks::new(mapping.size() as u64 / block_bytes, block_bytes);
+        Some(Region {
             blocks: Some(Arc::new(blocks)),
-        }
+            ..Region::boot(start, mapping)?
+        })
     }
 
     /// Which of its blocks are plugged; `None` for memory that is there from the start.
@@ -160,10 +234,13 @@ fn place(number: u64) -> (Option<usize>, u64) {
 }
 
 #[cfg(test)]
+#[path = "memory_breach_tests.rs"]
+mod breaches;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::memory_with_blocks;
-    use vm_memory::{Bytes, GuestMemory as _};
 
     const BLOCK: u64 = 64 << 10;
     const REGION: u64 = 1 << 20;

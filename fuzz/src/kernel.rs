@@ -1,6 +1,7 @@
 //! The kernel loader: any file is refused, or lies in the guest's memory where a kernel may.
 
 use arbitrary::Unstructured;
+use capsid_devices::memory::slice_of;
 use capsid_devices::testing::memory;
 use capsid_protocol::machine::MemoryMib;
 use capsid_vmm::boot::{Guest, load};
@@ -8,7 +9,6 @@ use capsid_vmm::layout;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::fs::File;
 use std::io::Write;
-use vm_memory::{Bytes, GuestAddress};
 
 const MEMORY_MIB: u64 = 64;
 /// Most zeroes behind the bytes of an input: what large segments are read from.
@@ -37,9 +37,8 @@ pub(crate) fn run(input: &[u8]) {
     }
     // Below the kernel is nothing but what it is told.
     let mut low = vec![0; layout::KERNEL_MIN as usize];
-    memory
-        .read_slice(&mut low, GuestAddress(0))
-        .expect("memory");
+    let below = slice_of(&memory, 0, low.len()).expect("memory");
+    below.copy_to(&mut low);
     let told = [
         (layout::START_INFO, layout::START_INFO_BYTES),
         (layout::BOOT_PARAMS, layout::BOOT_PARAMS_BYTES),

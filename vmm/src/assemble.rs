@@ -29,6 +29,7 @@ use capsid_devices::blk::{self, Disk, DiskError, DiskIo, DiskSetup, EngineKind};
 use capsid_devices::event::Poller;
 use capsid_devices::fs::{FD_BUDGET_MIN, ShareError, ShareSetup, spawn_share_threads};
 use capsid_devices::mem::{Mem, MemHandle, NoPluggableRegion, RequestTooLarge};
+use capsid_devices::memory::{NotMemory, write};
 use capsid_devices::net::{self, Net, NetError, NetSetup};
 use capsid_devices::rng::Rng;
 use capsid_protocol::exit::VmmExit;
@@ -39,7 +40,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use vm_memory::{Bytes, GuestAddress};
 
 /// Descriptors for the files that the guest has open, over all shares; the rest of [`jail::OPEN_FILES_MAX`] is for
 /// connections and for the VMM itself.
@@ -71,7 +71,7 @@ pub enum AssembleError {
     Boot(#[from] BootError),
     /// The MP table does not fit; a defect.
     #[error("cannot write the tables of the machine into guest memory")]
-    Tables(#[source] vm_memory::GuestMemoryError),
+    Tables(#[source] NotMemory),
     /// The event loop or an eventfd.
     #[error("cannot {what}")]
     Host {
@@ -514,9 +514,8 @@ fn configure_vcpus(
                 .iter()
                 .flat_map(|entry| entry.to_le_bytes())
                 .collect();
-            memory
-                .write_slice(&table, GuestAddress(layout::MP_TABLE))
-                .and_then(|()| memory.write_slice(&gdt, GuestAddress(layout::GDT_START)))
+            write(memory, layout::MP_TABLE, &table)
+                .and_then(|()| write(memory, layout::GDT_START, &gdt))
                 .map_err(AssembleError::Tables)?;
         }
     }

@@ -9,17 +9,14 @@
 #![allow(unsafe_code)] // mmap: there is no safe way to have memory that a guest writes to.
 
 use crate::layout::{self, Pluggable};
-use capsid_devices::GuestMemory;
-use capsid_devices::memory::Region;
+use capsid_devices::memory::{GuestMemory, Region, slice_of};
 use capsid_protocol::machine::MemoryMib;
 use rustix::io::Errno;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 use std::fs::File;
 use std::ops::Range;
 use std::sync::Arc;
-use vm_memory::{
-    GuestAddress, GuestMemory as _, GuestRegionCollection, GuestRegionMmap, MmapRegion,
-};
+use vm_memory::{GuestRegionCollection, MmapRegion};
 
 /// Size and alignment of a huge page of x86-64, in bytes.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -75,19 +72,20 @@ pub fn map(size: MemoryMib, pluggable: Option<&Pluggable>) -> Result<GuestMemory
     let mib = size.get() + more;
     refuse_more_than(host_mib(), mib)?;
     let mut regions = Vec::with_capacity(3);
-    let region = |range: &Range<u64>| {
-        let region =
-            map_region(range.end - range.start).map_err(|cause| MemoryError::Map { mib, cause })?;
-        GuestRegionMmap::new(region, GuestAddress(range.start)).ok_or(MemoryError::Layout { mib })
+    let mapping = |range: &Range<u64>| {
+        map_region(range.end - range.start).map_err(|cause| MemoryError::Map { mib, cause })
     };
+    let wraps = || MemoryError::Layout { mib };
     for range in layout::memory_ranges(size.bytes()) {
-        regions.push(Region::boot(region(&range)?));
+        let region = Region::boot(range.start, mapping(&range)?);
+        regions.push(region.ok_or_else(wraps)?);
     }
-    if let Some(pluggable) = pluggable {
-        regions.push(Region::pluggable(
-            region(&pluggable.range)?,
-            pluggable.block_bytes,
-        ));
+    if let Some(Pluggable {
+        range, block_bytes, ..
+    }) = pluggable
+    {
+        let region = Region::pluggable(range.start, mapping(range)?, *block_bytes);
+        regions.push(region.ok_or_else(wraps)?);
     }
     match GuestRegionCollection::from_regions(regions) {
         Ok(memory) => Ok(Arc::new(memory)),
@@ -110,8 +108,8 @@ pub fn map_file(
 ) -> Result<(), Errno> {
     let whole_pages = [place, offset, bytes].iter().all(|n| n % PAGE_BYTES == 0);
     let length = usize::try_from(bytes).map_err(|_| Errno::INVAL)?;
-    let slice = memory.get_slice(GuestAddress(place), length);
-    let (true, Ok(slice)) = (whole_pages && bytes > 0, slice) else {
+    let slice = slice_of(memory, place, length);
+    let (true, Ok(slice)) = (whole_pages, slice) else {
         return Err(Errno::INVAL);
     };
     let start = slice.ptr_guard_mut().as_ptr().cast();
@@ -205,7 +203,7 @@ mod tests {
     use super::*;
     use rustix::fs::{MemfdFlags, memfd_create};
     use std::io::Write;
-    use vm_memory::{Bytes, GuestMemoryRegion};
+    use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryRegion};
 
     fn mib(mib: u64) -> MemoryMib {
         MemoryMib::try_from(mib).unwrap()

@@ -1,9 +1,9 @@
-//! `cargo xtask deps`: the arrows between the rooms, and one version of the crates that two of them must share.
+//! `cargo xtask deps`: the arrows between the rooms, one version of the crates that two of them must share, and who is excepted from a lint.
 //!
 //! A room is a directory of the workspace's root. An arrow that is not in `ARROWS` fails the check, whether it is a normal, a
 //! build or a test dependency: a new one is a decision (docs/ARCHITECTURE.md), not a line in a manifest.
 
-mod unsafety;
+mod exceptions;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -42,8 +42,8 @@ pub enum DepsError {
     /// `git ls-files` said no; it told why on stderr.
     #[error("`git ls-files` ended with {0}")]
     Git(String),
-    /// A source file or the page that lists the unsafe modules.
-    #[error("reading the sources for unsafe modules")]
+    /// A source file or the page that lists the exceptions from lints.
+    #[error("reading the sources for exceptions from lints")]
     Read(#[source] std::io::Error),
     /// Its answer is not what it used to be.
     #[error("reading the answer of `cargo metadata`")]
@@ -88,13 +88,13 @@ struct Dep {
 /// The check could not be made.
 pub fn run(workspace: &Path) -> Result<ExitCode, DepsError> {
     let mut faults = faults(&metadata(workspace)?);
-    let unsafety = unsafety::faults(workspace, &sources(workspace)?);
-    faults.extend(unsafety.map_err(DepsError::Read)?);
+    let exceptions = exceptions::faults(workspace, &sources(workspace)?);
+    faults.extend(exceptions.map_err(DepsError::Read)?);
     for fault in &faults {
         println!("deps: {fault}");
     }
     if faults.is_empty() {
-        println!("deps: every arrow is an allowed one, every unsafe module a listed one");
+        println!("deps: every arrow is an allowed one, every exception from a lint a listed one");
         return Ok(ExitCode::SUCCESS);
     }
     Ok(ExitCode::FAILURE)

@@ -5,16 +5,16 @@
 
 use super::device::Shared;
 use super::pages;
-use crate::GuestMemory;
 use crate::counters::Counter;
 use crate::discard::discard;
 use crate::event::{Readiness, Subscriber};
+use crate::memory::{GuestMemory, NotMemory, slice_of};
 use crate::virtio::chain::{Buffers, Readable, Writable};
 use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{ActiveQueue, Positions, ServeError, positions};
+use std::ops::Range;
 use std::sync::Arc;
-
-use vm_memory::{GuestAddress, GuestMemory as _, VolatileSlice};
+use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::EventFd;
 
 /// The most page frame numbers of one chain that are looked at. Linux sends 256, Windows a page of them.
@@ -153,16 +153,22 @@ impl Giving<'_> {
         self.refused(beyond.saturating_mul(pages::PAGE_BYTES as usize));
         let inflated = &self.shared.counters.inflated_bytes;
         for range in pages::ranges(frames) {
-            let bytes = (range.end - range.start) as usize;
-            let mut done = 0;
-            // A range may go on from one region of memory to the next.
-            let slices = self.memory.get_slices(GuestAddress(range.start), bytes);
-            for slice in slices.map_while(Result::ok) {
-                done += slice.len();
-                self.give(&slice, inflated);
+            if self.give_range(&range, inflated).is_err() {
+                // It goes on from one region to the next or has pages that are no memory: each by itself.
+                for start in range.step_by(pages::PAGE_BYTES as usize) {
+                    let page = start..start + pages::PAGE_BYTES;
+                    if self.give_range(&page, inflated).is_err() {
+                        self.refused(pages::PAGE_BYTES as usize);
+                    }
+                }
             }
-            self.refused(bytes.saturating_sub(done));
         }
+    }
+
+    fn give_range(&self, range: &Range<u64>, counter: &Counter) -> Result<(), NotMemory> {
+        let bytes = (range.end - range.start) as usize;
+        self.give(&slice_of(self.memory, range.start, bytes)?, counter);
+        Ok(())
     }
 
     /// Each writable buffer is a free range.

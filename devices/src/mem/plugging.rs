@@ -10,7 +10,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vm_memory::{GuestAddress, GuestMemory as _, VolatileSlice};
+use vm_memory::{GuestMemory as _, VolatileSlice};
 
 /// Makes blocks memory for the guest's CPUs. For one caller at a time.
 pub trait Backing: Send + Sync {
@@ -58,12 +58,11 @@ impl Plugging {
 
     /// The region and what is done to it. Found when the device was made; regions neither come nor go.
     fn work(&self) -> Option<Work<'_>> {
-        let region = self
-            .memory
-            .find_region(GuestAddress(self.shared.extent.start))?;
+        let mut regions = self.memory.iter();
+        let (region, blocks) = regions.find_map(|region| Some((region, region.blocks()?)))?;
         Some(Work {
             region,
-            blocks: region.blocks()?,
+            blocks,
             backing: &*self.backing,
             shared: &self.shared,
         })

@@ -29,6 +29,7 @@
 //!   [`sweep`] makes every access that a guest can make to the BAR and configuration space.
 
 #![allow(clippy::indexing_slicing)] // a test's own indices: a panic is how it fails
+#![allow(clippy::disallowed_methods, clippy::disallowed_types)] // it plays the driver, whose memory it is
 
 mod driver;
 mod queue;
@@ -53,17 +54,14 @@ pub(crate) fn written_down(driver: &Driver) -> crate::virtio::pci::VirtioState {
 
 use crate::memory::{self, GuestMemory};
 use std::sync::Arc;
-use vm_memory::{GuestAddress, GuestRegionCollection, GuestRegionMmap};
+use vm_memory::{GuestRegionCollection, MmapRegion};
 
 #[cfg(doc)]
 use crate::virtio::device::VirtioDevice;
 
 /// Guest memory of these `(start, length)` regions.
 pub fn memory(regions: &[(u64, usize)]) -> GuestMemory {
-    let regions = regions
-        .iter()
-        .map(|region| memory::Region::boot(mapping(*region)));
-    of(regions.collect())
+    of(regions.iter().map(boot).collect())
 }
 
 /// The same with a pluggable region behind them, in blocks of `block_bytes`.
@@ -72,17 +70,20 @@ pub fn memory_with_blocks(
     pluggable: (u64, usize),
     block_bytes: u64,
 ) -> GuestMemory {
-    let boot = regions
-        .iter()
-        .map(|region| memory::Region::boot(mapping(*region)));
-    let pluggable = memory::Region::pluggable(mapping(pluggable), block_bytes);
-    of(boot.chain([pluggable]).collect())
+    let (start, length) = pluggable;
+    let pluggable = memory::Region::pluggable(start, mapping(length), block_bytes);
+    let pluggable = pluggable.expect("guest memory");
+    of(regions.iter().map(boot).chain([pluggable]).collect())
+}
+
+fn boot((start, length): &(u64, usize)) -> memory::Region {
+    memory::Region::boot(*start, mapping(*length)).expect("guest memory")
 }
 
 fn of(regions: Vec<memory::Region>) -> GuestMemory {
     Arc::new(GuestRegionCollection::from_regions(regions).expect("guest memory"))
 }
 
-fn mapping((start, length): (u64, usize)) -> GuestRegionMmap<()> {
-    GuestRegionMmap::from_range(GuestAddress(start), length, None).expect("guest memory")
+fn mapping(length: usize) -> MmapRegion {
+    MmapRegion::new(length).expect("guest memory")
 }

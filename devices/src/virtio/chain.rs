@@ -18,11 +18,11 @@
 //! volatile, so a driver that does so only garbles its own data; a device that keeps state by head must
 //! refuse the second itself (CVE-2026-45782).
 
-use crate::GuestMemory;
+use crate::memory::{self, GuestMemory};
 use std::io::{self, Read, Write};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::desc::split::Descriptor;
-use vm_memory::{ByteValued, Bytes, GuestAddress, GuestMemory as _, VolatileSlice};
+use vm_memory::{ByteValued, VolatileSlice};
 
 /// Bytes of one descriptor.
 const DESCRIPTOR_BYTES: u32 = 16;
@@ -156,24 +156,16 @@ impl Walk<'_> {
         let address = base
             .checked_add(u64::from(index) * u64::from(DESCRIPTOR_BYTES))
             .ok_or(BadChain::Table { address: base })?;
-        self.memory
-            .read_obj(GuestAddress(address))
-            .map_err(|_| BadChain::Table { address })
+        memory::read(self.memory, address).map_err(|_| BadChain::Table { address })
     }
 
     fn buffer(&mut self, descriptor: &Descriptor, write: bool) -> Result<(), BadChain> {
         self.left = self.left.checked_sub(1).ok_or(BadChain::TooLong)?;
         let length = descriptor.len();
         self.bytes = self.bytes.checked_add(length).ok_or(BadChain::TooLarge)?;
-        let slice = self
-            .memory
-            .get_slice(descriptor.addr(), length as usize)
-            .ok()
-            .filter(|slice| !slice.is_empty())
-            .ok_or(BadChain::Buffer {
-                address: descriptor.addr().0,
-                length,
-            })?;
+        let address = descriptor.addr().0;
+        let slice = memory::slice_of(self.memory, address, length as usize)
+            .map_err(|_| BadChain::Buffer { address, length })?;
         if write {
             self.writable.push(slice);
         } else if self.writable.is_empty() {

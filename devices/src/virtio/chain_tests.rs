@@ -3,6 +3,7 @@
 use super::*;
 use crate::testing::{RawDescriptor, memory};
 use proptest::prelude::*;
+use vm_memory::{Bytes, GuestAddress};
 
 /// Two regions with a hole between them; the table is at the start of the first.
 const FIRST: (u64, usize) = (0, 0x10000);

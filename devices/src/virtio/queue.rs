@@ -3,17 +3,22 @@
 //! Wraps [`virtio_queue::Queue`]; the wrapper bounds the work done for one kick by the queue's size (the
 //! driver may refill while the device works), keeps the notification rules of EVENT_IDX in one place, and
 //! opens chains by [`super::chain`].
+//!
+//! `virtio_queue` reads and writes the rings by itself. It is given none before each part was found to be one slice of memory.
+
+// The one place where it is used.
+#![allow(clippy::disallowed_types)]
 
 use super::chain::{BadChain, Buffers, Table};
 use super::device::Interrupt;
-use crate::GuestMemory;
+use crate::memory::{self, GuestMemory, NotMemory};
 use std::sync::Arc;
 use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::virtio_ring::{
     VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
 };
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::state::QueueSettings;
@@ -107,6 +112,12 @@ pub(crate) fn positions<'q>(queues: impl IntoIterator<Item = &'q ActiveQueue>) -
         .collect()
 }
 
+/// An address as `virtio_queue` takes it, of a part of a ring that was found to be one slice of memory.
+#[allow(clippy::disallowed_methods)] // not to reach memory by it here
+fn checked(address: u64) -> GuestAddress {
+    GuestAddress(address)
+}
+
 /// A queue between DRIVER_OK and reset.
 pub struct ActiveQueue {
     /// Which queue of the device it is.
@@ -145,9 +156,7 @@ impl ActiveQueue {
             ("used ring", settings.used, 6 + 8 * entries, 4),
         ];
         for (part, address, length, alignment) in parts {
-            let inside = memory
-                .get_slice(GuestAddress(address), length as usize)
-                .is_ok();
+            let inside = memory::slice_of(memory, address, length as usize).is_ok();
             if address == 0 || address % alignment != 0 || !inside {
                 return Err(BadSettings::Part { part, address });
             }
@@ -166,9 +175,9 @@ impl ActiveQueue {
             address: settings.descriptors,
         };
         queue
-            .try_set_desc_table_address(GuestAddress(settings.descriptors))
-            .and_then(|()| queue.try_set_avail_ring_address(GuestAddress(settings.available)))
-            .and_then(|()| queue.try_set_used_ring_address(GuestAddress(settings.used)))
+            .try_set_desc_table_address(checked(settings.descriptors))
+            .and_then(|()| queue.try_set_avail_ring_address(checked(settings.available)))
+            .and_then(|()| queue.try_set_used_ring_address(checked(settings.used)))
             .map_err(misaligned)?;
         let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         queue.set_event_idx(event_idx);
@@ -332,10 +341,9 @@ impl ActiveQueue {
         let mut next = first;
         for (head, bytes) in before {
             // `struct virtq_used_elem`: the head, the bytes.
-            let element = [u32::from(*head).to_le(), bytes.to_le()];
-            memory
-                .write_obj(element, self.used_element(next))
-                .map_err(|cause| self.broken(virtio_queue::Error::GuestMemory(cause)))?;
+            let element = u64::from(*head) | u64::from(*bytes) << 32;
+            memory::write(memory, self.used_element(next), &element.to_le_bytes())
+                .map_err(|cause| self.unmapped(cause))?;
             next = next.wrapping_add(1);
         }
         self.queue.set_next_used(next);
@@ -344,10 +352,10 @@ impl ActiveQueue {
     }
 
     /// Where in the used ring the element with this index is.
-    fn used_element(&self, index: u16) -> GuestAddress {
+    fn used_element(&self, index: u16) -> u64 {
         let place = u64::from(index % self.queue.size());
         // Inside the ring, which `new` has found to be in memory.
-        GuestAddress(self.queue.used_ring() + 4 + 8 * place)
+        self.queue.used_ring() + 4 + 8 * place
     }
 
     /// Whether the driver wants an interrupt for what was pushed since the last question (section 2.7.7.2).
@@ -360,15 +368,14 @@ impl ActiveQueue {
         // What was pushed is there before the driver is asked.
         fence(Ordering::SeqCst);
         let field = |offset| {
-            let at = GuestAddress(self.queue.avail_ring() + offset);
-            let field = memory.load(at, Ordering::Relaxed).map(u16::from_le);
-            field.map_err(|cause| self.broken(virtio_queue::Error::GuestMemory(cause)))
+            let field = memory::load(memory, self.queue.avail_ring() + offset);
+            field.map_err(|cause| self.unmapped(cause))
         };
         if !self.event_idx {
             let flags = field(0)?;
             return Ok(old != new && flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0);
         }
-        let event: u16 = field(4 + 2 * u64::from(self.queue.size()))?;
+        let event = field(4 + 2 * u64::from(self.queue.size()))?;
         Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
@@ -390,6 +397,11 @@ impl ActiveQueue {
         self.queue
             .disable_notification(&**memory)
             .map_err(|cause| self.broken(cause))
+    }
+
+    /// A part of the ring is memory no more: its block was unplugged.
+    fn unmapped(&self, cause: NotMemory) -> BrokenQueue {
+        self.broken(virtio_queue::Error::GuestMemory(cause.into()))
     }
 
     fn broken(&self, cause: virtio_queue::Error) -> BrokenQueue {

@@ -1,6 +1,7 @@
 //! Why a kernel or an initramfs was refused. The texts follow "kernel: ": each names the field and what
 //! would be right.
 
+use capsid_devices::memory::NotMemory;
 use std::io;
 
 /// What is wrong with a kernel, an initramfs or a command line.
@@ -139,5 +140,5 @@ pub enum BootError {
     },
     /// A write below the end of guest memory failed: a defect.
     #[error("cannot write the {0} into guest memory")]
-    Write(&'static str, #[source] vm_memory::GuestMemoryError),
+    Write(&'static str, #[source] NotMemory),
 }

@@ -16,13 +16,13 @@ pub use error::BootError;
 
 use crate::layout;
 use crate::memory::{self, PAGE_BYTES};
-use capsid_devices::GuestMemory;
+use capsid_devices::memory::{self as guest, GuestMemory};
 use capsid_protocol::machine::MemoryMib;
 use image::{FileImage, Image};
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::ReadVolatile;
 
 /// The longest kernel file taken, in bytes. Ours has about 20 MiB; an unstripped one of a distribution 400.
 const KERNEL_MAX_BYTES: u64 = 512 << 20;
@@ -254,9 +254,10 @@ fn copy(
     file.seek(SeekFrom::Start(offset))
         .map_err(|cause| BootError::Read(what, cause))?;
     // Bounded by the length of a file and by guest memory, both below 2^63.
-    memory
-        .read_exact_volatile_from(GuestAddress(place), &mut file, bytes as usize)
-        .map_err(|cause| BootError::Write(what, cause))
+    let mut slice = guest::slice_of(memory, place, bytes as usize)
+        .map_err(|cause| BootError::Write(what, cause))?;
+    file.read_exact_volatile(&mut slice)
+        .map_err(|cause| BootError::Read(what, io::Error::other(cause)))
 }
 
 fn write(
@@ -265,9 +266,7 @@ fn write(
     place: u64,
     bytes: &[u8],
 ) -> Result<(), BootError> {
-    memory
-        .write_slice(bytes, GuestAddress(place))
-        .map_err(|cause| BootError::Write(what, cause))
+    guest::write(memory, place, bytes).map_err(|cause| BootError::Write(what, cause))
 }
 
 #[cfg(test)]
@@ -276,6 +275,7 @@ mod tests {
     use super::*;
     use crate::memory;
     use std::io::Write;
+    use vm_memory::{Bytes, GuestAddress};
 
     fn mib(mib: u64) -> MemoryMib {
         MemoryMib::try_from(mib).unwrap()

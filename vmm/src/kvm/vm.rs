@@ -3,9 +3,8 @@
 
 use super::{KvmError, failed};
 use crate::layout;
-use capsid_devices::GuestMemory;
 use capsid_devices::mem::{Backing, Block};
-use capsid_devices::memory::Region;
+use capsid_devices::memory::{GuestMemory, Region, slice_of};
 use kvm_bindings::{
     KVM_CAP_DISABLE_QUIRKS2, KVM_MSI_VALID_DEVID, KVM_X86_QUIRK_SLOT_ZAP_ALL, kvm_enable_cap,
     kvm_msi, kvm_userspace_memory_region,
@@ -153,14 +152,12 @@ fn create(kvm: &Kvm) -> Result<VmFd, KvmError> {
 /// Boot memory; blocks that are plugged later get slots behind it.
 fn set_memory(fd: &VmFd, memory: &GuestMemory) -> Result<(), KvmError> {
     for (slot, region) in boot_regions(memory).enumerate() {
-        let start = region.start_addr();
-        let host = memory
-            .get_slice(start, region.len() as usize)
-            .map_err(|_| KvmError::Ioctl {
-                what: SET_MEMORY,
-                cause: Errno::INVAL,
-            })?;
-        set_slot(fd, slot as u32, start.0, &host, region.len())?;
+        let start = region.start_addr().0;
+        let host = slice_of(memory, start, region.len() as usize).map_err(|_| KvmError::Ioctl {
+            what: SET_MEMORY,
+            cause: Errno::INVAL,
+        })?;
+        set_slot(fd, slot as u32, start, &host, region.len())?;
     }
     Ok(())
 }
