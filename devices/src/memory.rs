@@ -207,7 +207,8 @@ impl Blocks {
 
     pub(crate) fn set(&self, number: u64, plugged: bool) {
         let (word, bit) = place(number);
-        let Some(word) = word.and_then(|word| self.plugged.get(word)) else {
+        let word = word.and_then(|word| self.plugged.get(word));
+        let Some(word) = word.filter(|_| number < self.count) else {
             return;
         };
         match plugged {
@@ -236,6 +237,10 @@ fn place(number: u64) -> (Option<usize>, u64) {
 #[cfg(test)]
 #[path = "memory_breach_tests.rs"]
 mod breaches;
+
+#[cfg(test)]
+#[path = "memory_proofs.rs"]
+mod proofs;
 
 #[cfg(test)]
 mod tests {

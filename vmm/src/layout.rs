@@ -9,6 +9,7 @@
 //! 0x0009_fc00  MP table                              behind it: memory that is plugged later, from a multiple of 2 GiB on
 //! ```
 
+use crate::memory::PAGE_BYTES;
 use std::ops::Range;
 
 /// The GDT that the entry state points to; the bzImage boot protocol demands one in memory.
@@ -100,6 +101,12 @@ pub fn memory_ranges(bytes: u64) -> Vec<Range<u64>> {
 /// End of the memory below the hole.
 pub fn low_memory_end(bytes: u64) -> u64 {
     bytes.min(HOLE_START)
+}
+
+/// Where an initramfs of `bytes` goes: at the last page of `room`, memory behind the kernel, from which on it fits; `None` if it does not.
+pub fn initramfs_start(room: &Range<u64>, bytes: u64) -> Option<u64> {
+    let start = room.end.checked_sub(bytes)? & !(PAGE_BYTES - 1);
+    (start >= room.start).then_some(start)
 }
 
 /// Where the region of virtio-mem begins, at a multiple of this: the largest memory block of Linux on x86, by which it adds memory.
@@ -235,3 +242,7 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "layout_proofs.rs"]
+mod proofs;

@@ -195,3 +195,7 @@ fn ranges(
 #[cfg(test)]
 #[path = "request_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "request_proofs.rs"]
+mod proofs;

@@ -32,10 +32,12 @@
 #![allow(clippy::disallowed_methods, clippy::disallowed_types)] // it plays the driver, whose memory it is
 
 mod driver;
+mod edges;
 mod queue;
 mod routes;
 
 pub use driver::{Driver, Region, WAIT_MS, sweep};
+pub use edges::{EDGES, around};
 #[cfg(test)]
 pub(crate) use queue::any_descriptor;
 pub use queue::{Buffer, RawDescriptor, Used};

@@ -215,12 +215,20 @@ impl ActiveQueue {
     /// The next available chain, if there is one.
     ///
     /// # Errors
-    /// The available ring makes no sense (index jumped by more than the queue's size, address outside
-    /// memory).
+    /// The available ring makes no sense: the index jumped by more than the queue's size, there are more chains than the queue has
+    /// descriptors that are not in flight, or the address is outside memory.
     pub fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, BrokenQueue> {
-        match self.queue.iter(memory.clone()) {
-            Ok(mut chains) => Ok(chains.next()),
-            Err(cause) => Err(self.broken(cause)),
+        let position = self.position();
+        let in_flight = position.next_available.wrapping_sub(position.next_used);
+        let full = in_flight >= self.size();
+        let next = self.queue.iter(memory.clone());
+        let next = next.map(|mut chains| chains.next());
+        match next.map_err(|cause| self.broken(cause))? {
+            Some(_) if full => {
+                self.undo_pop();
+                Err(self.broken(virtio_queue::Error::InvalidAvailRingIndex))
+            }
+            next => Ok(next),
         }
     }
 
@@ -376,7 +384,7 @@ impl ActiveQueue {
             return Ok(old != new && flags & VRING_AVAIL_F_NO_INTERRUPT as u16 == 0);
         }
         let event = field(4 + 2 * u64::from(self.queue.size()))?;
-        Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
+        Ok(needs_event(event, old, new))
     }
 
     /// Asks for kicks again; true if chains arrived meanwhile, and the device must look once more.
@@ -411,3 +419,12 @@ impl ActiveQueue {
         }
     }
 }
+
+/// Whether the index on its way from `old` to `new` passed the one that its reader wants to hear of (`vring_need_event`, appendix A).
+fn needs_event(event: u16, old: u16, new: u16) -> bool {
+    new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
+}
+
+#[cfg(test)]
+#[path = "queue_proofs.rs"]
+mod proofs;

@@ -513,3 +513,7 @@ fn word(features: u64, select: u32) -> u32 {
 #[cfg(test)]
 #[path = "state_tests.rs"]
 mod tests;
+
+#[cfg(test)]
+#[path = "state_proofs.rs"]
+mod proofs;

@@ -214,3 +214,7 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "credit_proofs.rs"]
+mod proofs;

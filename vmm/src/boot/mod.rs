@@ -194,12 +194,8 @@ fn load_initramfs(
     if bytes == 0 {
         return Err(BootError::Empty("initramfs"));
     }
-    let lowest = room.start.next_multiple_of(PAGE_BYTES);
-    let start = room
-        .end
-        .checked_sub(bytes)
-        .map(|start| start & !(PAGE_BYTES - 1));
-    let Some(start) = start.filter(|start| *start >= lowest) else {
+    let Some(start) = layout::initramfs_start(&room, bytes) else {
+        let lowest = room.start.next_multiple_of(PAGE_BYTES);
         return Err(BootError::InitramfsMemory {
             bytes,
             room: room.end.saturating_sub(lowest),
