@@ -169,29 +169,11 @@ pub(super) fn zero_page(kernel: &BzImage, placed: &Placed<'_>) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::testing::bzimage as example;
     use super::*;
     use proptest::prelude::*;
 
     const ROOM: Range<u64> = 0x10_0000..0x400_0000;
-
-    fn example() -> Vec<u8> {
-        let mut file = vec![0; 0x400 + 0x100];
-        let mut put = |offset: usize, bytes: &[u8]| {
-            file[offset..offset + bytes.len()].copy_from_slice(bytes);
-        };
-        put(0x1f1, &[1]);
-        put(0x1f4, &0x10u32.to_le_bytes());
-        put(0x1fe, &[0x55, 0xaa, 0xeb, 0x66]);
-        put(0x202, b"HdrS");
-        put(0x206, &0x020fu16.to_le_bytes());
-        put(0x211, &[1]);
-        put(0x22c, &0x7fff_ffffu32.to_le_bytes());
-        put(0x236, &1u16.to_le_bytes());
-        put(0x238, &2047u32.to_le_bytes());
-        put(0x258, &0x100_0000u64.to_le_bytes());
-        put(0x260, &0x80_0000u32.to_le_bytes());
-        file
-    }
 
     fn refused(change: impl FnOnce(&mut Vec<u8>)) -> String {
         let mut file = example();

@@ -266,6 +266,10 @@ fn write(
 }
 
 #[cfg(test)]
+#[path = "refusal_tests.rs"]
+mod refusals;
+
+#[cfg(test)]
 mod tests {
     use super::testing::ElfFile;
     use super::*;

@@ -115,3 +115,23 @@ impl ElfFile {
         file
     }
 }
+
+/// A bzImage with 0x100 bytes behind one sector of set-up, that wants 8 MiB at 16 MiB.
+pub(crate) fn bzimage() -> Vec<u8> {
+    let mut file = vec![0; 0x400 + 0x100];
+    let mut put = |offset: usize, bytes: &[u8]| {
+        file[offset..offset + bytes.len()].copy_from_slice(bytes);
+    };
+    put(0x1f1, &[1]);
+    put(0x1f4, &0x10u32.to_le_bytes());
+    put(0x1fe, &[0x55, 0xaa, 0xeb, 0x66]);
+    put(0x202, b"HdrS");
+    put(0x206, &0x020fu16.to_le_bytes());
+    put(0x211, &[1]);
+    put(0x22c, &0x7fff_ffffu32.to_le_bytes());
+    put(0x236, &1u16.to_le_bytes());
+    put(0x238, &2047u32.to_le_bytes());
+    put(0x258, &0x100_0000u64.to_le_bytes());
+    put(0x260, &0x80_0000u32.to_le_bytes());
+    file
+}

@@ -16,6 +16,28 @@ fn a_guest_that_powers_off_is_success_and_says_nothing() {
 }
 
 #[test]
+fn memory_of_every_size_around_the_hole_boots() {
+    if !can_run("memory_of_every_size_around_the_hole_boots") {
+        return;
+    }
+    // What fills the memory below the hole, one less, one more, and what would reach its end without one.
+    for mib in [3071, 3072, 3073, 4095, 4096, 4097] {
+        let mut vmm = Vmm::of(&Code::default().print("up").power_off());
+        vmm.memory_mib = mib;
+        let ended = vmm.run();
+        if ended.exit == Some(VmmExit::Memory) {
+            eprintln!(
+                "SKIPPED memory_of_every_size_around_the_hole_boots: {}",
+                ended.stderr.trim()
+            );
+            return;
+        }
+        assert_eq!(ended.exit, Some(VmmExit::PowerOff), "{}", ended.stderr);
+        assert_eq!(ended.serial, "up", "{mib} MiB");
+    }
+}
+
+#[test]
 fn the_report_has_the_phases_in_order_and_every_exit() {
     if !can_run("the_report_has_the_phases_in_order_and_every_exit") {
         return;

@@ -75,6 +75,71 @@ fn more_memory_than_the_host_has_is_refused_with_both_sizes() {
 }
 
 #[test]
+fn files_that_only_begin_like_a_kernel_are_refused_before_they_are_read() {
+    if !can_run("files_that_only_begin_like_a_kernel_are_refused_before_they_are_read") {
+        return;
+    }
+    let gzip = [&[0x1f, 0x8b, 8, 0], &[0; 4092][..]].concat();
+    // The PVH note that ends the file says that its name has 2^32 - 1 bytes.
+    let mut notes = code().kernel();
+    let note = notes.len() - 20;
+    notes[note..note + 4].fill(0xff);
+    for (kernel, words) in [
+        (&gzip, "it begins with [1f, 8b, 08, 00]"),
+        (&notes, "ELF notes make no sense"),
+    ] {
+        no_guest(&Vmm::new(kernel).run(), VmmExit::BadKernel, words);
+    }
+    // A tebibyte of holes behind a kernel.
+    let vmm = Vmm::of(&code());
+    vmm.kernel.set_len(1 << 40).unwrap();
+    let words = "1099511627776 bytes long, at most 536870912 are taken";
+    no_guest(&vmm.run(), VmmExit::BadKernel, words);
+}
+
+#[test]
+fn an_initramfs_that_is_empty_or_larger_than_memory_is_refused_with_its_size() {
+    if !can_run("an_initramfs_that_is_empty_or_larger_than_memory_is_refused_with_its_size") {
+        return;
+    }
+    for (bytes, words) in [
+        (0, "the initramfs is empty"),
+        (
+            1 << 40,
+            "1099511627776 bytes does not fit into guest memory",
+        ),
+    ] {
+        let initramfs = inherited(b"");
+        initramfs.set_len(bytes).unwrap();
+        let mut vmm = Vmm::of(&code());
+        vmm.more = format!(r#","initramfs_fd":{}"#, initramfs.as_raw_fd());
+        no_guest(&vmm.run(), VmmExit::BadKernel, words);
+    }
+}
+
+#[test]
+fn memory_of_no_size_that_a_guest_can_have_is_refused_with_the_bounds() {
+    if !can_run("memory_of_no_size_that_a_guest_can_have_is_refused_with_the_bounds") {
+        return;
+    }
+    for mib in [0, 63, 524_289, u64::MAX] {
+        let mut vmm = Vmm::of(&code());
+        vmm.memory_mib = mib;
+        let words = format!("{mib} MiB of memory");
+        no_guest(&vmm.run(), VmmExit::BadConfig, &words);
+    }
+    // At most as much as at the start is no room for more; less than that is a contradiction.
+    let mut vmm = Vmm::of(&code());
+    vmm.memory_mib = 128;
+    vmm.more = r#","memory_max_mib":127"#.to_owned();
+    no_guest(
+        &vmm.run(),
+        VmmExit::BadConfig,
+        "this VM has 127 MiB at most",
+    );
+}
+
+#[test]
 fn a_resource_that_is_not_open_is_named() {
     if !can_run("a_resource_that_is_not_open_is_named") {
         return;
