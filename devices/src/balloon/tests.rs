@@ -4,11 +4,14 @@ use super::server::{FRAMES_MAX, REPORT_MAX_BYTES};
 use super::{Balloon, BalloonHandle};
 use crate::GuestMemory;
 use crate::event::Poller;
-use crate::testing::{Buffer, Driver, RawDescriptor, any_descriptor, memory, sweep, written_down};
+use crate::memory::Region;
+use crate::testing::{
+    Buffer, Driver, RawDescriptor, any_descriptor, memory, memory_with_blocks, sweep, written_down,
+};
 use proptest::prelude::*;
 use std::sync::Arc;
 use std::time::Duration;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
 
 const INFLATE: u16 = 0;
 const DEFLATE: u16 = 1;
@@ -25,8 +28,11 @@ fn regions() -> GuestMemory {
 }
 
 fn up(queues: &[u16]) -> (Driver, BalloonHandle, Arc<Poller>) {
+    up_with(regions(), queues)
+}
+
+fn up_with(memory: GuestMemory, queues: &[u16]) -> (Driver, BalloonHandle, Arc<Poller>) {
     let poller = Arc::new(Poller::new().unwrap());
-    let memory = regions();
     let balloon = Balloon::new(&memory, poller.clone());
     let handle = balloon.handle();
     let mut driver = Driver::with_memory(Box::new(balloon), memory);
@@ -245,6 +251,31 @@ fn the_driver_writes_nothing_but_what_it_gave_and_is_not_believed_more_than_it_h
     driver.write(driver.config, 5, 1, 0);
     driver.write(driver.config, 6, 2, 0);
     assert_eq!(handle.actual(), 255);
+}
+
+#[test]
+fn pages_on_both_sides_of_an_unplugged_block_are_given_back_and_its_own_are_not() {
+    const BLOCK: u64 = 64 << 10;
+    let first = (32 << 20) >> 12;
+    let blocks_bytes = 3 * BLOCK as usize;
+    let memory = memory_with_blocks(&[(0, 16 << 20)], (32 << 20, blocks_bytes), BLOCK);
+    let blocks = memory.iter().find_map(Region::blocks).unwrap();
+    let blocks = Arc::clone(blocks);
+    let (mut driver, handle, poller) = up_with(memory, &[INFLATE, DEFLATE]);
+    (0..3).for_each(|number| blocks.set(number, true));
+    (first..first + 48).for_each(|page| fill(&driver, page));
+    blocks.set(1, false);
+    let named: Vec<u32> = (first as u32..).take(48).collect();
+    send(&mut driver, &poller, INFLATE, &named);
+    blocks.set(1, true);
+    for page in 0..48 {
+        assert_eq!(is_gone(&driver, first + page), page / 16 != 1, "{page}");
+    }
+    let counters = handle.counters();
+    assert_eq!(
+        (counters.inflated_bytes.get(), counters.refused_bytes.get()),
+        (2 * BLOCK, BLOCK)
+    );
 }
 
 #[test]
