@@ -16,7 +16,7 @@ const AVAILABLE: u64 = 0x20_0000;
 const USED: u64 = 0x30_0000;
 const LONGEST: u16 = 1 << 15;
 
-/// A queue of which device and driver have used `index` entries already, and its memory.
+/// A queue, and the driver's hand in its memory.
 struct Rings {
     memory: GuestMemory,
     queue: ActiveQueue,
@@ -43,6 +43,7 @@ impl Rings {
         Rings::new(size, 1 << VIRTIO_RING_F_EVENT_IDX)
     }
 
+    /// Both sides have used `index` entries already, and none is in flight.
     fn stand_at(&mut self, index: u16) {
         self.queue.go_on_at(QueuePosition {
             next_available: index,

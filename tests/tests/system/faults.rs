@@ -1,9 +1,10 @@
 //! What dies is reported as what it was, and leaves nothing.
 
 use capsid_tests::bundle::{Scratch, privileged_spec, write};
-use capsid_tests::capsid::{Running, capsid, sh};
+use capsid_tests::capsid::{REFUSED, Running, capsid, run, sh};
 use capsid_tests::ledger::Ledger;
 use nix::sys::signal::{Signal, kill};
+use std::fs;
 
 #[test]
 fn a_vmm_killed_by_9_ends_the_run_with_137_and_says_so() {
@@ -52,6 +53,34 @@ fn an_agent_that_dies_panics_the_guest_which_is_255_with_the_console() {
         "the console's last lines are shown: {}",
         ended.stderr
     );
+    drop(scratch);
+    before.balances();
+}
+
+#[test]
+fn an_initramfs_without_a_whole_agent_panics_the_guest_which_is_125_with_the_console() {
+    let before = Ledger::now();
+    let scratch = Scratch::new("initramfs");
+    let good = std::env::var_os("CAPSID_INITRAMFS").expect("`cargo xtask test` sets it");
+    let good = fs::read(good).expect("the initramfs");
+    for (name, bytes) in [
+        ("cut", &good[..good.len() / 2]),
+        (
+            "none",
+            &b"this is no archive of any kind, and long enough to be looked at"[..],
+        ),
+    ] {
+        let path = scratch.join(name);
+        fs::write(&path, bytes).expect("write");
+        let ended = run(&[], &["true"]).env("CAPSID_INITRAMFS", &path).wait();
+        // No command of the user's has begun.
+        ended.exits(REFUSED);
+        assert!(
+            ended.stderr.contains("not syncing"),
+            "the console's last lines are shown: {}",
+            ended.stderr
+        );
+    }
     drop(scratch);
     before.balances();
 }
