@@ -85,6 +85,36 @@ pub(crate) fn store<T: Number>(address: u64, value: T) {
     unsafe { write(address, value) }
 }
 
+/// Writes a device's register so many times, as fast as this CPU can.
+pub(crate) fn store_many(address: u64, value: u16, times: u32) {
+    assert!(DEVICES.contains(&address), "no device at {address:#x}");
+    if times > 0 {
+        // SAFETY: as in `load`; the loop ends at zero.
+        unsafe {
+            asm!("2:", "mov [{}], ax", "dec ecx", "jnz 2b", in(reg) address, in("ax") value, inout("ecx") times => _,
+                 options(nostack));
+        }
+    }
+}
+
+/// Reads a register of the CPU's own; only such as are always there, or it faults.
+pub(crate) fn read_msr(number: u32) -> u64 {
+    let (low, high): (u32, u32);
+    // SAFETY: reading the local APIC's registers changes nothing.
+    unsafe {
+        asm!("rdmsr", in("ecx") number, out("eax") low, out("edx") high, options(nomem, nostack));
+    }
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// Writes a register of the CPU's own.
+pub(crate) fn write_msr(number: u32, value: u32) {
+    // SAFETY: interrupts are off and stay off, so nothing that the local APIC is told changes what this program does.
+    unsafe {
+        asm!("wrmsr", in("ecx") number, in("eax") value, in("edx") 0, options(nomem, nostack));
+    }
+}
+
 /// Reads memory that devices share.
 pub(crate) fn peek<T: Number>(address: u64) -> T {
     let boot = BOOT.contains(&address);

@@ -14,6 +14,11 @@ pub(crate) const COMMAND: u8 = 0x04;
 pub(crate) const COMMAND_ON: u16 = 0x6;
 /// Offset of the first BAR.
 pub(crate) const BAR_0: u8 = 0x10;
+/// Offset of the first capability's offset.
+const CAPABILITIES: u8 = 0x34;
+/// A list of more is a ring.
+const CAPABILITIES_MAX: usize = 48;
+
 /// Function 0 of a slot.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Function {
@@ -42,6 +47,19 @@ impl Function {
     /// The address of its first BAR.
     pub(crate) fn bar(self) -> u64 {
         u64::from(self.read::<u32>(BAR_0) & !0xf)
+    }
+
+    /// Where its first capability with this id is.
+    pub(crate) fn capability(self, id: u8) -> Outcome<u8> {
+        let mut at: u8 = self.read(CAPABILITIES);
+        for _ in 0..CAPABILITIES_MAX {
+            match at {
+                0 => break,
+                _ if self.read::<u8>(at) == id => return Ok(at),
+                _ => at = self.read(at + 1),
+            }
+        }
+        Err(Why::new("the capability is not there"))
     }
 
     /// The function with this vendor and device, switched on.

@@ -120,6 +120,16 @@ impl Ring {
         fence();
     }
 
+    /// Where the driver says behind which used index it wants an interrupt.
+    pub(crate) fn used_event(&self) -> u64 {
+        self.available + 4 + 2 * u64::from(self.size)
+    }
+
+    /// Where the device says behind which available index it wants a notification.
+    pub(crate) fn avail_event(&self) -> u64 {
+        self.used + 4 + 8 * u64::from(self.size)
+    }
+
     /// The device's used index.
     pub(crate) fn used_index(&self) -> u16 {
         peek(self.used + 2)

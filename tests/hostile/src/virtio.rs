@@ -17,6 +17,8 @@ pub(crate) const RUNNING: u8 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
 
 /// The driver knows indirect descriptors.
 pub(crate) const F_INDIRECT: u64 = 1 << 28;
+/// Who is told when is said by indices.
+pub(crate) const F_EVENT_IDX: u64 = 1 << 29;
 /// The driver is a modern one.
 pub(crate) const F_VERSION_1: u64 = 1 << 32;
 
@@ -55,14 +57,17 @@ const NOBODYS_PORT: u16 = 0x80;
 /// A device.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Device {
+    /// Its place on the bus.
+    pub(crate) function: Function,
     bar: u64,
 }
 
 impl Device {
     /// The first device of this type (section 5).
     pub(crate) fn find(kind: u16) -> Outcome<Device> {
-        let bar = Function::find(0x1af4, 0x1040 + kind)?.bar();
-        Ok(Device { bar })
+        let function = Function::find(0x1af4, 0x1040 + kind)?;
+        let bar = function.bar();
+        Ok(Device { function, bar })
     }
 
     /// Reads a register of the BAR.
@@ -145,6 +150,11 @@ impl Device {
         self.set(NOTIFY + 4 * u64::from(queue), queue);
     }
 
+    /// Notifies a queue so many times, with a number that need not be its own.
+    pub(crate) fn kick_many(self, queue: u16, says: u16, times: u32) {
+        cpu::store_many(self.bar + NOTIFY + 4 * u64::from(queue), says, times);
+    }
+
     /// Waits for DEVICE_NEEDS_RESET.
     pub(crate) fn gave_up(self) -> Outcome {
         let mut patience = Patience::looks(STATUS_LOOKS);
@@ -163,8 +173,7 @@ impl Device {
             if let Some(answer) = ring.take() {
                 return Ok(answer);
             }
-            // Leaves the guest, so that a look takes its time on every machine, and the host's one processor is free for the answer.
-            let _nobody: u8 = cpu::inp(NOBODYS_PORT);
+            leave();
         }
         same(
             "the status while an answer is awaited",
@@ -173,4 +182,9 @@ impl Device {
         )?;
         Err(Why::new("no answer came"))
     }
+}
+
+/// Leaves the guest, so that a look takes its time on every machine, and the host's one processor is free for the answer.
+pub(crate) fn leave() {
+    let _nobody: u8 = cpu::inp(NOBODYS_PORT);
 }

@@ -384,6 +384,11 @@ impl Running {
 
     /// Waits until the guest has printed `text`.
     pub(crate) fn printed(&mut self, text: &str) {
+        self.printed_while(text, std::thread::yield_now);
+    }
+
+    /// The same, and does something over and over meanwhile.
+    pub(crate) fn printed_while(&mut self, text: &str, mut meanwhile: impl FnMut()) {
         let started = std::time::Instant::now();
         while !contents(&self.serial).contains(text) {
             assert!(
@@ -398,7 +403,7 @@ impl Running {
                 let said = contents(&self.serial);
                 panic!("the VMM ended early with {status}: {stderr}; {said:?}");
             }
-            std::thread::yield_now();
+            meanwhile();
         }
     }
 

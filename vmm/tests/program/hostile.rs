@@ -1,8 +1,10 @@
 //! The hostile guest (`tests/hostile`) against the real program under its filters: the guest abuses a device and says how that
-//! answered; here is seen to that the VMM lives, did not grow, does not spin, and ends when
+//! answered; here is seen to that the VMM lives, answers its owner all the time, did not grow, does not spin, and ends when
 //! it is told to.
 
+use crate::control::channel::Control;
 use crate::harness::{Running, Vmm, can_run, inherited};
+use capsid_protocol::control::{REPLY_TIMEOUT_MS, Reply, Request};
 use capsid_protocol::exit::VmmExit;
 use rustix::process::Signal;
 use std::fs::{read_dir, read_to_string};
@@ -14,6 +16,10 @@ use std::time::{Duration, Instant};
 const GUEST: &str = "CAPSID_HOSTILE_GUEST";
 /// How much the VMM may have grown after all that was done to it, in KiB.
 const GROWTH_MAX_KIB: u64 = 8 * 1024;
+/// How long its owner waits for an answer at most, whatever the guest does.
+const REPLY_MAX: Duration = Duration::from_millis(REPLY_TIMEOUT_MS);
+/// How often the owner asks while the chapters are played.
+const ASKED_EVERY: Duration = Duration::from_millis(5);
 /// How long the VMM of a guest that sleeps is watched.
 const WATCHED: Duration = Duration::from_secs(1);
 /// How much of it the VMM may run.
@@ -35,13 +41,23 @@ fn guest(test: &str) -> Option<Vec<u8>> {
 
 /// Runs the chapters of one device and holds the VMM against its bounds. Returns the chapters, which all went well.
 fn play(mut vmm: Vmm, name: &str) -> Vec<String> {
-    vmm.more
-        .push_str(&format!(r#","cmdline":"hostile={name}""#));
+    let (mut control, theirs) = Control::pair();
+    vmm.more += &format!(
+        r#","cmdline":"hostile={name}","control_fd":{}"#,
+        theirs.as_raw_fd()
+    );
     let mut running = vmm.start();
     running.printed("ready\n");
     // The guest goes on meanwhile, by what its first chapter does in as long as this takes.
     let before = own_memory_kib(&running);
-    running.printed("idle\n");
+    let mut slowest = Duration::ZERO;
+    running.printed_while("idle\n", || {
+        let asked = Instant::now();
+        let reply = control.ask(&Request::State, &[]);
+        assert!(matches!(reply, Reply::State(_)), "{reply:?}");
+        slowest = slowest.max(asked.elapsed());
+        std::thread::sleep(ASKED_EVERY);
+    });
     let (busy, since) = (busy(&running), Instant::now());
     std::thread::sleep(WATCHED);
     let busy = busy_since(&running, busy);
@@ -63,7 +79,10 @@ fn play(mut vmm: Vmm, name: &str) -> Vec<String> {
         busy <= BUSY_MAX,
         "{busy:?} of {watched:?} with a guest that sleeps"
     );
-    println!("{name}: {before} KiB, then {after} KiB; busy for {busy:?} of {watched:?}");
+    assert!(slowest <= REPLY_MAX, "an answer took {slowest:?}");
+    println!(
+        "{name}: {before} KiB, then {after} KiB; busy for {busy:?} of {watched:?}; slowest answer {slowest:?}"
+    );
     lines.into_iter().map(str::to_owned).collect()
 }
 
@@ -112,7 +131,7 @@ fn busy_since(running: &Running, before: Duration) -> Duration {
 }
 
 /// What all virtio devices have to bear, in order.
-const COMMON: [&str; 7] = [
+const COMMON: [&str; 10] = [
     "an honest request at first",
     "registers of any width and offset",
     "features and the status in any order",
@@ -120,6 +139,9 @@ const COMMON: [&str; 7] = [
     "settings after activation",
     "what is no chain",
     "indirect tables that are none",
+    "notifications without end",
+    "messages of every kind",
+    "events that are none",
 ];
 
 fn chapters(own: &[&str]) -> Vec<String> {

@@ -1,6 +1,6 @@
 //! A disk (virtio 1.2 section 5.2) of 1 MiB with one queue, writable.
 
-use super::{Honest, Named, chapters_of, queues};
+use super::{COMMON_COUNT, Honest, Named, chapters_of, queues};
 use crate::cpu::{peek, poke};
 use crate::report::{At, Outcome, same};
 use crate::ring::{Descriptor, Ring, readable, writable};
@@ -36,7 +36,7 @@ pub(crate) struct Blk {
     wrote: u64,
 }
 
-pub(super) const CHAPTERS: [Named<Blk>; 10] = chapters_of!(
+pub(super) const CHAPTERS: [Named<Blk>; COMMON_COUNT + 4] = chapters_of!(
     Blk,
     &[
         ("sectors that are not there", sectors),

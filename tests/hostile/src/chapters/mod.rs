@@ -1,14 +1,16 @@
 //! The chapters: what is the same for every virtio device (`registers`, `negotiation`, `settings`,
-//! `rings`), and one file for what only one device has;
+//! `rings`, `storms`, `interrupts`), and one file for what only one device has;
 //! `machine` is about all that is no virtio device.
 
 mod blk;
+mod interrupts;
 mod machine;
 mod negotiation;
 mod registers;
 mod rings;
 mod rng;
 mod settings;
+mod storms;
 
 use crate::pci::Function;
 use crate::report::{At, Outcome, Why, chapter, say};
@@ -38,15 +40,21 @@ pub(crate) trait Honest {
     /// A request, and whether its answer is right. Anything that it needs in a queue, it puts there.
     fn ask(&mut self) -> Outcome;
 
-    /// Resets the device and brings it up with empty queues and `features` of the transport.
-    fn up(&mut self, features: u64) -> Outcome {
+    /// Resets the device and tells it of empty queues, up to the moment before it runs, with `features` of the transport.
+    fn prepare(&mut self, features: u64) -> Outcome {
         let (device, features) = (self.device(), self.features() | features);
         device.negotiate(features)?;
         for ring in self.rings() {
             *ring = Ring::new(ring.number, ring.size);
             device.queue(ring);
         }
-        device.go()
+        Ok(())
+    }
+
+    /// The same, and then it runs.
+    fn up(&mut self, features: u64) -> Outcome {
+        self.prepare(features)?;
+        self.device().go()
     }
 
     /// Whether it is as new.
@@ -100,23 +108,32 @@ pub(crate) fn power_off() -> ! {
     cpu::halt()
 }
 
+/// How many chapters every virtio device has.
+const COMMON_COUNT: usize = 9;
+
 /// The chapters that every virtio device has, and then its own.
 macro_rules! chapters_of {
     ($honest:ty, $own:expr) => {{
         use super::*;
         const OWN: &[Named<$honest>] = $own;
-        const COMMON: [Named<$honest>; 6] = [
+        const COMMON: [Named<$honest>; COMMON_COUNT] = [
             ("registers of any width and offset", registers::play),
             ("features and the status in any order", negotiation::play),
             ("settings that are no queue", settings::bad),
             ("settings after activation", settings::late),
             ("what is no chain", rings::direct),
             ("indirect tables that are none", rings::indirect),
+            ("notifications without end", storms::play),
+            ("messages of every kind", interrupts::msix),
+            ("events that are none", interrupts::events),
         ];
-        let mut all = [COMMON[0]; 6 + OWN.len()];
+        let mut all = [COMMON[0]; COMMON_COUNT + OWN.len()];
         let mut at = 0;
         while at < all.len() {
-            all[at] = if at < 6 { COMMON[at] } else { OWN[at - 6] };
+            all[at] = match at {
+                0..COMMON_COUNT => COMMON[at],
+                _ => OWN[at - COMMON_COUNT],
+            };
             at += 1;
         }
         all

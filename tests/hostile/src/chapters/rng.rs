@@ -1,6 +1,6 @@
 //! The entropy device (virtio 1.2 section 5.4): one queue of buffers to be filled.
 
-use super::{Honest, Named, chapters_of, impossible, queues};
+use super::{COMMON_COUNT, Honest, Named, chapters_of, impossible, queues};
 use crate::cpu::{peek, poke};
 use crate::report::{At, Outcome, same};
 use crate::ring::{Ring, readable, writable};
@@ -16,7 +16,7 @@ pub(crate) struct Rng {
     rings: [Ring; 1],
 }
 
-pub(super) const CHAPTERS: [Named<Rng>; 8] = chapters_of!(
+pub(super) const CHAPTERS: [Named<Rng>; COMMON_COUNT + 2] = chapters_of!(
     Rng,
     &[
         ("buffers without end", length_bombs),

@@ -1,0 +1,87 @@
+//! Notifications without end: of queues that are there and not, of a device that runs and one that does not (catalogue B2.11, V9).
+//! Whether the VMM answers its owner meanwhile, the host looks at.
+
+use super::Honest;
+use crate::report::{At, Outcome, same};
+use crate::ring::Ring;
+use crate::virtio::{ACKNOWLEDGE, DRIVER, Device, FEATURES_OK, RUNNING};
+
+/// Notifications of the queues of a device that runs, in all.
+const KICKS: u32 = 100_000;
+/// The same of each queue in each state in which it does not run.
+const KICKS_OF_NOTHING: u32 = 2_000;
+/// Notifications in a row before the driver asks something.
+const BURST: u32 = 5_000;
+/// Queues that the page of notifications has a place for.
+const PLACES: u16 = 1024;
+
+pub(super) fn play<H: Honest>(honest: &mut H) -> Outcome {
+    running(honest)?;
+    elsewhere(honest)?;
+    not_running(honest)
+}
+
+/// Each burst is of all queues in turn, and after each the device still answers.
+fn running<H: Honest>(honest: &mut H) -> Outcome {
+    honest.up(0)?;
+    for round in 0..KICKS / BURST {
+        burst(honest, BURST);
+        honest.ask().at("a burst", round.into())?;
+    }
+    Ok(())
+}
+
+fn burst<H: Honest>(honest: &mut H, kicks: u32) {
+    let device = honest.device();
+    let rings = honest.rings();
+    let each = kicks / rings.len() as u32;
+    for ring in rings {
+        device.kick_many(ring.number, ring.number, each);
+    }
+}
+
+/// Places of queues that are not there, and numbers that are not the place's. Each is an exit to the VMM.
+fn elsewhere<H: Honest>(honest: &mut H) -> Outcome {
+    let device = honest.device();
+    for place in 0..PLACES {
+        device.kick(place);
+    }
+    for says in [1, 0x40, 0x7fff, 0xfffe, u16::MAX] {
+        device.kick_many(0, says, BURST / 10);
+        device.kick_many(PLACES - 1, says, BURST / 50);
+    }
+    same("the status", device.status(), RUNNING)?;
+    honest.ask()
+}
+
+/// From a reset up to the moment before it runs; what was notified then is nothing to it.
+fn not_running<H: Honest>(honest: &mut H) -> Outcome {
+    let (device, features) = (honest.device(), honest.features());
+    device.reset()?;
+    storm(honest, device);
+    device.set_status(ACKNOWLEDGE);
+    device.set_status(ACKNOWLEDGE | DRIVER);
+    storm(honest, device);
+    device.negotiate(features)?;
+    storm(honest, device);
+    honest.prepare(0)?;
+    storm(honest, device);
+    let agreed = ACKNOWLEDGE | DRIVER | FEATURES_OK;
+    same("the status", device.status(), agreed)?;
+    device.go()?;
+    honest.ask()?;
+    // One queue enabled, the others not: whether that is enough is the device's to say, and the storm is nothing to it.
+    device.negotiate(features)?;
+    let victim = honest.victim();
+    *victim = Ring::new(victim.number, victim.size);
+    device.queue(victim);
+    device.set_status(RUNNING);
+    storm(honest, device);
+    device.reset()
+}
+
+fn storm<H: Honest>(honest: &mut H, device: Device) {
+    for ring in honest.rings() {
+        device.kick_many(ring.number, ring.number, KICKS_OF_NOTHING);
+    }
+}
