@@ -23,6 +23,8 @@ pub const GUEST: &str = "10.9.0.2";
 /// The host has no tap devices, or the caller is not root.
 pub fn taps(queues: usize, mtu: u16) -> io::Result<Vec<OwnedFd>> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET)?;
+    // Nobody is to look for neighbours and routers in between.
+    let _without_ipv6 = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
     let mut taps = Vec::with_capacity(queues);
     for _ in 0..queues {
         let tap = OpenOptions::new()

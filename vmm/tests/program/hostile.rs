@@ -8,8 +8,12 @@ use capsid_protocol::control::{REPLY_TIMEOUT_MS, Reply, Request};
 use capsid_protocol::exit::VmmExit;
 use rustix::process::Signal;
 use std::fs::{read_dir, read_to_string};
-use std::os::fd::AsRawFd;
+use std::net::UdpSocket;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// Where the guest is; `cargo xtask test --suite vmm` builds it and says so.
@@ -24,6 +28,8 @@ const ASKED_EVERY: Duration = Duration::from_millis(5);
 const WATCHED: Duration = Duration::from_secs(1);
 /// How much of it the VMM may run.
 const BUSY_MAX: Duration = Duration::from_millis(50);
+/// Everybody on the link.
+const BROADCAST: &str = "10.9.0.255";
 /// The guest's memory, which is one mapping of exactly this size, in KiB.
 const GUEST_MEMORY_KIB: u64 = 64 * 1024;
 
@@ -39,51 +45,91 @@ fn guest(test: &str) -> Option<Vec<u8>> {
     Some(std::fs::read(path).expect("the hostile guest"))
 }
 
-/// Runs the chapters of one device and holds the VMM against its bounds. Returns the chapters, which all went well.
-fn play(mut vmm: Vmm, name: &str) -> Vec<String> {
-    let (mut control, theirs) = Control::pair();
-    vmm.more += &format!(
-        r#","cmdline":"hostile={name}","control_fd":{}"#,
-        theirs.as_raw_fd()
-    );
-    let mut running = vmm.start();
-    running.printed("ready\n");
-    // The guest goes on meanwhile, by what its first chapter does in as long as this takes.
-    let before = own_memory_kib(&running);
-    let mut slowest = Duration::ZERO;
-    running.printed_while("idle\n", || {
-        let asked = Instant::now();
-        let reply = control.ask(&Request::State, &[]);
-        assert!(matches!(reply, Reply::State(_)), "{reply:?}");
-        slowest = slowest.max(asked.elapsed());
-        std::thread::sleep(ASKED_EVERY);
-    });
-    let (busy, since) = (busy(&running), Instant::now());
-    std::thread::sleep(WATCHED);
-    let busy = busy_since(&running, busy);
-    let watched = since.elapsed();
-    let after = own_memory_kib(&running);
-    running.signal(Signal::TERM);
-    let ended = running.wait();
-    let (lines, wrong): (Vec<&str>, Vec<&str>) = ended
-        .serial
-        .lines()
-        .partition(|line| line.ends_with(": ok"));
-    assert_eq!(wrong, ["ready", "idle"], "{}", ended.stderr);
-    assert_eq!(ended.exit, Some(VmmExit::Stopped), "{}", ended.stderr);
-    assert!(
-        after <= before + GROWTH_MAX_KIB,
-        "it grew from {before} to {after} KiB"
-    );
-    assert!(
-        busy <= BUSY_MAX,
-        "{busy:?} of {watched:?} with a guest that sleeps"
-    );
-    assert!(slowest <= REPLY_MAX, "an answer took {slowest:?}");
-    println!(
-        "{name}: {before} KiB, then {after} KiB; busy for {busy:?} of {watched:?}; slowest answer {slowest:?}"
-    );
-    lines.into_iter().map(str::to_owned).collect()
+/// Words of the guest that are no chapter's end.
+const MARKS: [&str; 3] = ["ready", "flood", "idle"];
+
+/// A VMM whose guest plays the chapters of one device, and what was seen of it so far.
+struct Play {
+    name: &'static str,
+    running: Running,
+    control: Control,
+    /// Memory of its own when the chapters began, in KiB.
+    before: u64,
+    /// The longest that its owner waited for an answer.
+    slowest: Duration,
+}
+
+impl Play {
+    /// Starts it, up to the guest's first honest request.
+    fn begin(mut vmm: Vmm, name: &'static str) -> Play {
+        let (control, theirs) = Control::pair();
+        vmm.more += &format!(
+            r#","cmdline":"hostile={name}","control_fd":{}"#,
+            theirs.as_raw_fd()
+        );
+        let mut running = vmm.start();
+        running.printed("ready\n");
+        // The guest goes on meanwhile, by what its first chapter does in as long as this takes.
+        let before = own_memory_kib(&running);
+        Play {
+            name,
+            running,
+            control,
+            before,
+            slowest: Duration::ZERO,
+        }
+    }
+
+    /// Waits for a word of the guest, and asks the VMM meanwhile.
+    fn until(&mut self, text: &str) {
+        let (control, slowest) = (&mut self.control, &mut self.slowest);
+        self.running.printed_while(text, || {
+            let asked = Instant::now();
+            let reply = control.ask(&Request::State, &[]);
+            assert!(matches!(reply, Reply::State(_)), "{reply:?}");
+            *slowest = asked.elapsed().max(*slowest);
+            std::thread::sleep(ASKED_EVERY);
+        });
+    }
+
+    /// Plays the rest and holds the VMM against its bounds. Returns the chapters, which all went well.
+    fn end(mut self) -> Vec<String> {
+        self.until("idle\n");
+        let (busy, since) = (busy(&self.running), Instant::now());
+        std::thread::sleep(WATCHED);
+        let busy = busy_since(&self.running, busy);
+        let watched = since.elapsed();
+        let after = own_memory_kib(&self.running);
+        self.running.signal(Signal::TERM);
+        let ended = self.running.wait();
+        let (lines, wrong): (Vec<&str>, Vec<&str>) = ended
+            .serial
+            .lines()
+            .filter(|line| !MARKS.contains(line))
+            .partition(|line| line.ends_with(": ok"));
+        assert!(wrong.is_empty(), "{wrong:#?}: {}", ended.stderr);
+        assert_eq!(ended.exit, Some(VmmExit::Stopped), "{}", ended.stderr);
+        let (before, slowest) = (self.before, self.slowest);
+        assert!(
+            after <= before + GROWTH_MAX_KIB,
+            "it grew from {before} to {after} KiB"
+        );
+        assert!(
+            busy <= BUSY_MAX,
+            "{busy:?} of {watched:?} with a guest that sleeps"
+        );
+        assert!(slowest <= REPLY_MAX, "an answer took {slowest:?}");
+        println!(
+            "{}: {before} KiB, then {after} KiB; busy for {busy:?} of {watched:?}; slowest answer {slowest:?}",
+            self.name
+        );
+        lines.into_iter().map(str::to_owned).collect()
+    }
+}
+
+/// Plays the chapters of one device from begin to end.
+fn play(vmm: Vmm, name: &'static str) -> Vec<String> {
+    Play::begin(vmm, name).end()
 }
 
 /// Resident memory of the VMM without the guest's, in KiB.
@@ -193,4 +239,88 @@ fn configuration_space_and_ports_bear_a_hostile_guest() {
         "ports of nobody: ok",
     ];
     assert_eq!(play(Vmm::new(&guest), "machine"), all);
+}
+
+/// A tap device of two queues in a network namespace of its own, with a socket of its other end.
+fn link() -> (Vec<OwnedFd>, UdpSocket) {
+    const MTU: u16 = 1500;
+    let made = std::thread::spawn(|| {
+        let taps = crate::tap::taps(2, MTU).expect("a tap device");
+        (
+            taps,
+            UdpSocket::bind((crate::tap::HOST, 0)).expect("a socket"),
+        )
+    });
+    made.join().expect("a link")
+}
+
+/// Packets to all on the link, as fast as one thread sends them; until it is dropped.
+struct Flood {
+    ends: Arc<AtomicBool>,
+    thread: Option<JoinHandle<u64>>,
+}
+
+impl Flood {
+    fn new(socket: UdpSocket) -> Flood {
+        let ends = Arc::new(AtomicBool::new(false));
+        let ended = Arc::clone(&ends);
+        socket.set_broadcast(true).unwrap();
+        let thread = std::thread::spawn(move || {
+            let mut sent = 0;
+            while !ended.load(Ordering::Relaxed) {
+                // What does not fit into the tap's queue is lost.
+                sent += u64::from(socket.send_to(&[0; 1000], (BROADCAST, 9)).is_ok());
+            }
+            sent
+        });
+        Flood {
+            ends,
+            thread: Some(thread),
+        }
+    }
+
+    /// How many packets there were.
+    fn end(mut self) -> u64 {
+        self.ends.store(true, Ordering::Relaxed);
+        self.thread.take().unwrap().join().unwrap()
+    }
+}
+
+impl Drop for Flood {
+    fn drop(&mut self) {
+        self.ends.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_network_card_bears_a_hostile_driver_and_a_flood_that_it_does_not_take() {
+    /// More than the tap and all buffers hold.
+    const FLOOD_MIN: u64 = 10_000;
+    let Some(guest) =
+        guest("a_network_card_bears_a_hostile_driver_and_a_flood_that_it_does_not_take")
+    else {
+        return;
+    };
+    let (taps, socket) = link();
+    let mut vmm = Vmm::new(&guest);
+    for tap in &taps {
+        rustix::io::fcntl_setfd(tap, rustix::io::FdFlags::empty()).unwrap();
+    }
+    let [a, b] = [taps[0].as_raw_fd(), taps[1].as_raw_fd()];
+    vmm.more = format!(r#","nics":[{{"tap_fds":[{a},{b}],"mac":"02:00:00:00:00:07","mtu":1500}}]"#);
+    let mut play = Play::begin(vmm, "net");
+    play.until("flood\n");
+    // It goes on while the guest sleeps, which does not take any packet then.
+    let flood = Flood::new(socket);
+    let own = [
+        "no chain to receive to",
+        "packets that are none",
+        "headers of no sense",
+        "buffers too small to receive to",
+        "commands that are none",
+        "a flood that nobody takes",
+    ];
+    assert_eq!(play.end(), chapters(&own));
+    let sent = flood.end();
+    assert!(sent >= FLOOD_MIN, "no flood: {sent} packets");
 }

@@ -10,3 +10,6 @@ mod hostile;
 mod jail;
 mod owner;
 mod refusals;
+#[path = "../../../tests/src/tap.rs"]
+#[allow(unreachable_pub, dead_code)] // It is public in the other package, which needs more of it.
+mod tap;

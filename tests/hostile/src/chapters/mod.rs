@@ -6,6 +6,7 @@ mod blk;
 mod interrupts;
 mod machine;
 mod negotiation;
+mod net;
 mod registers;
 mod rings;
 mod rng;
@@ -77,6 +78,7 @@ pub(crate) fn play(name: &[u8]) {
     match name {
         b"blk" => with(blk::Blk::new(), &blk::CHAPTERS),
         b"machine" => with(rng::Rng::new(), &machine::CHAPTERS),
+        b"net" => with(net::Net::new(), &net::CHAPTERS),
         b"rng" => with(rng::Rng::new(), &rng::CHAPTERS),
         _ => say(format_args!("there are no such chapters")),
     }
