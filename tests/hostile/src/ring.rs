@@ -135,9 +135,14 @@ impl Ring {
         peek(self.used + 2)
     }
 
+    /// Whether there is an answer.
+    pub(crate) fn is_answered(&self) -> bool {
+        self.used_index() != self.taken
+    }
+
     /// The next answer: head and bytes written.
     pub(crate) fn take(&mut self) -> Option<(u32, u32)> {
-        if self.used_index() == self.taken {
+        if !self.is_answered() {
             return None;
         }
         let element = self.used + 4 + 8 * u64::from(self.taken % self.size);

@@ -4,9 +4,10 @@
 
 use crate::control::channel::Control;
 use crate::harness::{Running, Vmm, can_run, inherited};
+use crate::host_side::{ECHOES, HostSide, NEVER_READS, NEVER_STOPS};
+use crate::owner;
 use capsid_protocol::control::{REPLY_TIMEOUT_MS, Reply, Request};
 use capsid_protocol::exit::VmmExit;
-use rustix::process::Signal;
 use std::fs::{read_dir, read_to_string};
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -20,6 +21,8 @@ use std::time::{Duration, Instant};
 const GUEST: &str = "CAPSID_HOSTILE_GUEST";
 /// How much the VMM may have grown after all that was done to it, in KiB.
 const GROWTH_MAX_KIB: u64 = 8 * 1024;
+/// How many fds more it may have: those of the last honest question.
+const FDS_MORE: usize = 2;
 /// How long its owner waits for an answer at most, whatever the guest does.
 const REPLY_MAX: Duration = Duration::from_millis(REPLY_TIMEOUT_MS);
 /// How often the owner asks while the chapters are played.
@@ -55,6 +58,8 @@ struct Play {
     control: Control,
     /// Memory of its own when the chapters began, in KiB.
     before: u64,
+    /// Open fds then.
+    fds: usize,
     /// The longest that its owner waited for an answer.
     slowest: Duration,
 }
@@ -70,12 +75,13 @@ impl Play {
         let mut running = vmm.start();
         running.printed("ready\n");
         // The guest goes on meanwhile, by what its first chapter does in as long as this takes.
-        let before = own_memory_kib(&running);
+        let (before, fds) = (own_memory_kib(&running), open_fds(&running));
         Play {
             name,
             running,
             control,
             before,
+            fds,
             slowest: Duration::ZERO,
         }
     }
@@ -100,7 +106,8 @@ impl Play {
         let busy = busy_since(&self.running, busy);
         let watched = since.elapsed();
         let after = own_memory_kib(&self.running);
-        self.running.signal(Signal::TERM);
+        let fds = open_fds(&self.running);
+        self.control.done(&Request::Stop);
         let ended = self.running.wait();
         let (lines, wrong): (Vec<&str>, Vec<&str>) = ended
             .serial
@@ -117,6 +124,11 @@ impl Play {
         assert!(
             busy <= BUSY_MAX,
             "{busy:?} of {watched:?} with a guest that sleeps"
+        );
+        assert!(
+            fds <= self.fds + FDS_MORE,
+            "it had {} fds, and then {fds}",
+            self.fds
         );
         assert!(slowest <= REPLY_MAX, "an answer took {slowest:?}");
         println!(
@@ -152,6 +164,12 @@ fn own_memory_kib(running: &Running) -> u64 {
     }
     assert!(sum > 0, "no memory in {maps}");
     sum
+}
+
+/// How many fds the VMM has open.
+fn open_fds(running: &Running) -> usize {
+    let fds = read_dir(format!("/proc/{}/fd", running.child.id()));
+    fds.unwrap().count()
 }
 
 /// How long all threads of the VMM have run.
@@ -225,6 +243,31 @@ fn a_disk_bears_a_hostile_driver() {
     ];
     assert_eq!(play(vmm, "blk"), chapters(&own));
     assert_eq!(disk.metadata().unwrap().len(), DISK_BYTES);
+}
+
+#[test]
+fn the_vsock_device_bears_a_hostile_driver() {
+    let Some(guest) = guest("the_vsock_device_bears_a_hostile_driver") else {
+        return;
+    };
+    let (theirs, ours) = owner::channel();
+    let _host = HostSide::new(ours);
+    let ports = [ECHOES, NEVER_READS, NEVER_STOPS]
+        .map(|port| format!(r#"{{"port":{port},"connections":{}}}"#, u32::MAX));
+    let mut vmm = Vmm::new(&guest);
+    vmm.more = owner::config(&theirs, &ports.join(","));
+    let play = Play::begin(vmm, "vsock");
+    let own = [
+        "no chain to receive to",
+        "packets of nobody",
+        "lengths that are none",
+        "packets out of order",
+        "credit that lies",
+        "more than was granted",
+        "connections without end",
+        "resets while data flows",
+    ];
+    assert_eq!(play.end(), chapters(&own));
 }
 
 #[test]

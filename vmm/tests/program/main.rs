@@ -6,6 +6,7 @@ mod control;
 mod drill;
 mod guests;
 mod harness;
+mod host_side;
 mod hostile;
 mod jail;
 mod owner;

@@ -119,6 +119,19 @@ fn ping() -> Code {
 
 /// Starts a VMM with an owner channel; also the owner's end.
 pub(crate) fn start(mut vmm: Vmm) -> (Running, OwnedFd) {
+    let (theirs, ours) = channel();
+    vmm.more += &config(&theirs, r#"{"port":1024,"connections":1}"#);
+    (vmm.start(), ours)
+}
+
+/// The vsock device of a configuration, with the ports that the guest may dial.
+pub(crate) fn config(theirs: &OwnedFd, guest_may_dial: &str) -> String {
+    let fd = theirs.as_raw_fd();
+    format!(r#","vsock":{{"owner_fd":{fd},"guest_may_dial":[{guest_may_dial}]}}"#)
+}
+
+/// An owner channel: the VMM's end, which a child inherits, and the owner's.
+pub(crate) fn channel() -> (OwnedFd, OwnedFd) {
     let pair = |flags| socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None);
     let (theirs, ours) = pair(SocketFlags::empty()).unwrap();
     rustix::io::fcntl_setfd(&ours, rustix::io::FdFlags::CLOEXEC).unwrap();
@@ -128,29 +141,31 @@ pub(crate) fn start(mut vmm: Vmm) -> (Running, OwnedFd) {
         Some(WAIT),
     )
     .unwrap();
-    vmm.more += &format!(
-        r#","vsock":{{"owner_fd":{},"guest_may_dial":[{{"port":1024,"connections":1}}]}}"#,
-        theirs.as_raw_fd()
-    );
-    (vmm.start(), ours)
+    (theirs, ours)
 }
 
-/// Waits for the guest's connection.
-fn accept(owner: &OwnedFd) -> UnixStream {
+/// Waits for a connection of the guest; its port, and the host's end if there was a place for it.
+pub(crate) fn accept_any(owner: &OwnedFd) -> (u32, Option<UnixStream>) {
     let mut packet = [0; 16];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut into = [IoSliceMut::new(&mut packet)];
     let message = recvmsg(owner, &mut into, &mut control, RecvFlags::CMSG_CLOEXEC).unwrap();
-    assert_eq!(
-        OwnerMessage::decode(&packet[..message.bytes]),
-        Ok(OwnerMessage::Accepted { port: 1024 })
-    );
+    let Ok(OwnerMessage::Accepted { port }) = OwnerMessage::decode(&packet[..message.bytes]) else {
+        panic!("{:?}", &packet[..message.bytes]);
+    };
     let stream = control.drain().find_map(|message| match message {
         RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
         _ => None,
     });
-    let stream = UnixStream::from(stream.expect("an fd"));
+    (port, stream.map(UnixStream::from))
+}
+
+/// Waits for the guest's connection.
+fn accept(owner: &OwnedFd) -> UnixStream {
+    let (port, stream) = accept_any(owner);
+    assert_eq!(port, 1024);
+    let stream = stream.expect("an fd");
     stream.set_read_timeout(Some(WAIT)).unwrap();
     stream
 }

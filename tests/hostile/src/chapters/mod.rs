@@ -12,6 +12,7 @@ mod rings;
 mod rng;
 mod settings;
 mod storms;
+mod vsock;
 
 use crate::pci::Function;
 use crate::report::{At, Outcome, Why, chapter, say};
@@ -36,6 +37,11 @@ pub(crate) trait Honest {
     /// The queue whose chains the driver breaks: one that the device serves when it is notified.
     fn victim(&mut self) -> &mut Ring {
         &mut self.rings()[0]
+    }
+
+    /// What makes the device look at its victim, if a notification alone does not.
+    fn provoke(&mut self) -> Outcome {
+        Ok(())
     }
 
     /// A request, and whether its answer is right. Anything that it needs in a queue, it puts there.
@@ -80,6 +86,7 @@ pub(crate) fn play(name: &[u8]) {
         b"machine" => with(rng::Rng::new(), &machine::CHAPTERS),
         b"net" => with(net::Net::new(), &net::CHAPTERS),
         b"rng" => with(rng::Rng::new(), &rng::CHAPTERS),
+        b"vsock" => with(vsock::Vsock::new(), &vsock::CHAPTERS),
         _ => say(format_args!("there are no such chapters")),
     }
 }

@@ -61,25 +61,16 @@ fn next(old: u8, value: u8) -> u8 {
 
 fn to<H: Honest>(honest: &mut H, status: u8) -> Outcome {
     let device = honest.device();
-    if status == RUNNING {
-        return honest.up(0);
-    }
-    let features = honest.features();
-    let ring = honest.rings()[0].clone();
-    device.choose(features | F_VERSION_1)?;
     match status {
-        0 | ACKNOWLEDGE => {
+        RUNNING => honest.up(0)?,
+        // With all queues, for a write of DRIVER_OK is among the tries.
+        _ if status & FEATURES_OK != 0 => honest.prepare(0)?,
+        0 => device.reset()?,
+        ACKNOWLEDGE => {
             device.reset()?;
             device.set_status(status);
         }
-        _ => device.set_status(status),
-    }
-    if status & FEATURES_OK != 0 {
-        // All of them, for a write of DRIVER_OK is among the tries.
-        device.queue(&ring);
-        for ring in honest.rings() {
-            device.queue(ring);
-        }
+        _ => device.choose(honest.features() | F_VERSION_1)?,
     }
     same("the status", device.status(), status)
 }

@@ -150,6 +150,7 @@ fn up_and_break<H: Honest>(
     /// Notifications of a queue that is broken, each an exit; nothing may come of them.
     const KICKS: u32 = 3;
     honest.up(features)?;
+    honest.provoke()?;
     let device = honest.device();
     let ring = honest.victim();
     let number = ring.number;
