@@ -8,10 +8,14 @@ use crate::host_side::{ECHOES, HostSide, NEVER_READS, NEVER_STOPS};
 use crate::owner;
 use capsid_protocol::control::{REPLY_TIMEOUT_MS, Reply, Request};
 use capsid_protocol::exit::VmmExit;
-use std::fs::{read_dir, read_to_string};
+use capsid_protocol::machine::SHARES_MAX;
+use rustix::fs::{CWD, FileType, Mode, mknodat};
+use rustix::mount::{OpenTreeFlags, open_tree};
+use std::fs::{File, create_dir_all, read_dir, read_to_string};
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::fs::{MetadataExt, symlink};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -21,8 +25,8 @@ use std::time::{Duration, Instant};
 const GUEST: &str = "CAPSID_HOSTILE_GUEST";
 /// How much the VMM may have grown after all that was done to it, in KiB.
 const GROWTH_MAX_KIB: u64 = 8 * 1024;
-/// How many fds more it may have: those of the last honest question.
-const FDS_MORE: usize = 2;
+/// How many fds more it may have: those with which a device is brought up, and of the last honest question.
+const FDS_MORE: usize = 8;
 /// How long its owner waits for an answer at most, whatever the guest does.
 const REPLY_MAX: Duration = Duration::from_millis(REPLY_TIMEOUT_MS);
 /// How often the owner asks while the chapters are played.
@@ -268,6 +272,92 @@ fn the_vsock_device_bears_a_hostile_driver() {
         "resets while data flows",
     ];
     assert_eq!(play.end(), chapters(&own));
+}
+
+/// A directory on the host, with a share in it and what is none of the guest's beside it; gone when dropped.
+struct Shared(PathBuf);
+
+impl Shared {
+    /// Bytes of a file that takes a while to be read.
+    const LARGE_BYTES: u64 = 1 << 20;
+
+    fn new() -> Shared {
+        let dir = format!("capsid-hostile-{}", std::process::id());
+        let dir = Shared(std::env::temp_dir().join(dir));
+        let share = dir.0.join("share");
+        create_dir_all(&share).unwrap();
+        std::fs::write(dir.0.join("secret"), "not for a guest").unwrap();
+        std::fs::write(share.join("honest"), [0; 4096]).unwrap();
+        let large = File::create(share.join("large")).unwrap();
+        large.set_len(Shared::LARGE_BYTES).unwrap();
+        let rights = Mode::from_raw_mode(0o600);
+        mknodat(CWD, share.join("fifo"), FileType::Fifo, rights, 0).unwrap();
+        symlink("../secret", share.join("outside")).unwrap();
+        dir
+    }
+
+    /// Its mount tree, for a VMM to inherit.
+    fn tree(&self) -> OwnedFd {
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::AT_RECURSIVE;
+        open_tree(CWD, self.0.join("share"), flags).unwrap()
+    }
+
+    /// All there is but times and what is in the files of the share, which the guest may change.
+    fn contents(&self) -> Vec<String> {
+        let mut all = Vec::new();
+        let mut directories = vec![self.0.clone()];
+        while let Some(directory) = directories.pop() {
+            for entry in read_dir(directory).unwrap() {
+                let path = entry.unwrap().path();
+                let found = path.symlink_metadata().unwrap();
+                if found.is_dir() {
+                    directories.push(path.clone());
+                }
+                let (mode, owner, bytes) = (found.mode(), found.uid(), found.size());
+                let target = path.read_link().unwrap_or_default();
+                all.push(format!("{path:?} {mode:o} {owner} {bytes} {target:?}"));
+            }
+        }
+        all.sort();
+        all
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // What is left is in a directory for such things.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn a_share_bears_a_hostile_driver_and_nothing_but_it_is_changed() {
+    let Some(guest) = guest("a_share_bears_a_hostile_driver_and_nothing_but_it_is_changed") else {
+        return;
+    };
+    let shared = Shared::new();
+    let before = shared.contents();
+    // The guest uses the first one; the more there are, the fewer files may be open in each.
+    let trees: Vec<OwnedFd> = (0..SHARES_MAX).map(|_| shared.tree()).collect();
+    let shares = trees.iter().map(AsRawFd::as_raw_fd);
+    let shares = shares.map(|fd| format!(r#"{{"tag":"hostile{fd}","tree_fd":{fd}}}"#));
+    let mut vmm = Vmm::new(&guest);
+    vmm.more = format!(r#","shares":[{}]"#, shares.collect::<Vec<_>>().join(","));
+    let own = [
+        "no chain of forgets",
+        "requests that are none",
+        "requests out of time",
+        "names that are none",
+        "nodes and handles that are not there",
+        "links and special files",
+        "sizes and offsets beyond all files",
+        "opens without end",
+        "resets with requests in flight",
+    ];
+    assert_eq!(play(vmm, "fs"), chapters(&own));
+    assert_eq!(shared.contents(), before);
+    let secret = std::fs::read_to_string(shared.0.join("secret")).unwrap();
+    assert_eq!(secret, "not for a guest");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 //! `machine` is about all that is no virtio device.
 
 mod blk;
+mod fs;
 mod interrupts;
 mod machine;
 mod negotiation;
@@ -83,6 +84,7 @@ type Named<H> = (&'static str, fn(&mut H) -> Outcome);
 pub(crate) fn play(name: &[u8]) {
     match name {
         b"blk" => with(blk::Blk::new(), &blk::CHAPTERS),
+        b"fs" => with(fs::Fs::new(), &fs::CHAPTERS),
         b"machine" => with(rng::Rng::new(), &machine::CHAPTERS),
         b"net" => with(net::Net::new(), &net::CHAPTERS),
         b"rng" => with(rng::Rng::new(), &rng::CHAPTERS),
