@@ -62,7 +62,7 @@ pub(crate) fn inp<T: Number>(port: u16) -> T {
     T::narrow(u64::from(value))
 }
 
-/// Writes the same byte many times to a port, by one instruction.
+/// Writes bytes to a port, one after the other, by one instruction.
 pub(crate) fn out_many(port: u16, bytes: &[u8]) {
     // SAFETY: the instruction reads `bytes` and nothing else.
     unsafe {

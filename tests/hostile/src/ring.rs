@@ -49,6 +49,8 @@ pub(crate) struct Ring {
     pub(crate) number: u16,
     /// Entries.
     pub(crate) size: u16,
+    /// Which place in memory it has.
+    place: u16,
     /// Addresses that the device is told.
     pub(crate) descriptors: u64,
     pub(crate) available: u64,
@@ -62,12 +64,18 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    /// An empty queue.
+    /// An empty queue, in the place of its number.
     pub(crate) fn new(number: u16, size: u16) -> Ring {
-        let base = QUEUES + u64::from(number) * QUEUE_BYTES;
+        Ring::placed(number, number, size)
+    }
+
+    /// An empty queue in a place that no other has.
+    pub(crate) fn placed(place: u16, number: u16, size: u16) -> Ring {
+        let base = QUEUES + u64::from(place) * QUEUE_BYTES;
         let ring = Ring {
             number,
             size,
+            place,
             descriptors: base,
             available: base + AVAILABLE,
             used: base + USED,
@@ -78,6 +86,11 @@ impl Ring {
         poke::<u32>(ring.available, 0);
         poke::<u32>(ring.used, 0);
         ring
+    }
+
+    /// Makes it empty again.
+    pub(crate) fn renew(&mut self) {
+        *self = Ring::placed(self.place, self.number, self.size);
     }
 
     /// Writes a descriptor of the queue's own table.
@@ -108,9 +121,13 @@ impl Ring {
 
     /// Makes a head available.
     pub(crate) fn offer(&mut self, head: u16) {
-        let place = u64::from(self.offered % self.size);
-        poke(self.available + 4 + 2 * place, head);
+        self.make_available(self.offered % self.size, head);
         self.offer_up_to(self.offered.wrapping_add(1));
+    }
+
+    /// Writes an entry of the available ring, and not its index.
+    pub(crate) fn make_available(&self, entry: u16, head: u16) {
+        poke(self.available + 4 + 2 * u64::from(entry), head);
     }
 
     /// Moves the available index, to wherever.
@@ -138,6 +155,15 @@ impl Ring {
     /// Whether there is an answer.
     pub(crate) fn is_answered(&self) -> bool {
         self.used_index() != self.taken
+    }
+
+    /// Takes all answers at once, whatever they are, if all that was offered is answered.
+    pub(crate) fn take_all(&mut self) -> bool {
+        let all = self.used_index() == self.offered;
+        if all {
+            self.taken = self.offered;
+        }
+        all
     }
 
     /// The next answer: head and bytes written.

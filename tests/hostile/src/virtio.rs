@@ -168,9 +168,18 @@ impl Device {
 
     /// The next answer of a queue.
     pub(crate) fn answer(self, ring: &mut Ring) -> Outcome<(u32, u32)> {
+        self.wait(|| ring.take())
+    }
+
+    /// Waits until all that was offered is answered.
+    pub(crate) fn all_answers(self, ring: &mut Ring) -> Outcome {
+        self.wait(|| ring.take_all().then_some(()))
+    }
+
+    fn wait<T>(self, mut look: impl FnMut() -> Option<T>) -> Outcome<T> {
         let mut patience = Patience::looks(ANSWER_LOOKS);
         while patience.lasts() {
-            if let Some(answer) = ring.take() {
+            if let Some(answer) = look() {
                 return Ok(answer);
             }
             leave();

@@ -3,7 +3,7 @@
 //! it is told to.
 
 use crate::control::channel::Control;
-use crate::harness::{Running, Vmm, can_run, inherited};
+use crate::harness::{Ended, Running, Vmm, can_run, inherited};
 use crate::host_side::{ECHOES, HostSide, NEVER_READS, NEVER_STOPS};
 use crate::owner;
 use capsid_protocol::control::{REPLY_TIMEOUT_MS, Reply, Request};
@@ -11,6 +11,7 @@ use capsid_protocol::exit::VmmExit;
 use capsid_protocol::machine::SHARES_MAX;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::mount::{OpenTreeFlags, open_tree};
+use rustix::process::Signal;
 use std::fs::{File, create_dir_all, read_dir, read_to_string};
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -25,6 +26,8 @@ use std::time::{Duration, Instant};
 const GUEST: &str = "CAPSID_HOSTILE_GUEST";
 /// How much the VMM may have grown after all that was done to it, in KiB.
 const GROWTH_MAX_KIB: u64 = 8 * 1024;
+/// How much it may say about a guest.
+const LOG_MAX_BYTES: usize = 64 * 1024;
 /// How many fds more it may have: those with which a device is brought up, and of the last honest question.
 const FDS_MORE: usize = 8;
 /// How long its owner waits for an answer at most, whatever the guest does.
@@ -94,16 +97,23 @@ impl Play {
     fn until(&mut self, text: &str) {
         let (control, slowest) = (&mut self.control, &mut self.slowest);
         self.running.printed_while(text, || {
-            let asked = Instant::now();
-            let reply = control.ask(&Request::State, &[]);
-            assert!(matches!(reply, Reply::State(_)), "{reply:?}");
-            *slowest = asked.elapsed().max(*slowest);
+            *slowest = asked(control).max(*slowest);
             std::thread::sleep(ASKED_EVERY);
         });
     }
 
+    /// Asks the VMM.
+    fn ask(&mut self) {
+        self.slowest = asked(&mut self.control).max(self.slowest);
+    }
+
     /// Plays the rest and holds the VMM against its bounds. Returns the chapters, which all went well.
-    fn end(mut self) -> Vec<String> {
+    fn end(self) -> Vec<String> {
+        self.end_with(|_| {})
+    }
+
+    /// The same, with a look at what the VMM and its guest said.
+    fn end_with(mut self, look: impl FnOnce(&Ended)) -> Vec<String> {
         self.until("idle\n");
         let (busy, since) = (busy(&self.running), Instant::now());
         std::thread::sleep(WATCHED);
@@ -116,10 +126,14 @@ impl Play {
         let (lines, wrong): (Vec<&str>, Vec<&str>) = ended
             .serial
             .lines()
-            .filter(|line| !MARKS.contains(line))
+            .filter(|line| !MARKS.contains(line) && !line.trim_matches('\x1b').is_empty())
             .partition(|line| line.ends_with(": ok"));
         assert!(wrong.is_empty(), "{wrong:#?}: {}", ended.stderr);
         assert_eq!(ended.exit, Some(VmmExit::Stopped), "{}", ended.stderr);
+        // What it says itself is little, whatever the guest does, and moves no cursor.
+        assert!(ended.stderr.len() <= LOG_MAX_BYTES, "{}", ended.stderr);
+        assert!(!ended.stderr.contains('\x1b'));
+        look(&ended);
         let (before, slowest) = (self.before, self.slowest);
         assert!(
             after <= before + GROWTH_MAX_KIB,
@@ -141,6 +155,14 @@ impl Play {
         );
         lines.into_iter().map(str::to_owned).collect()
     }
+}
+
+/// Asks a VMM for its state; how long that took.
+fn asked(control: &mut Control) -> Duration {
+    let since = Instant::now();
+    let reply = control.ask(&Request::State, &[]);
+    assert!(matches!(reply, Reply::State(_)), "{reply:?}");
+    since.elapsed()
 }
 
 /// Plays the chapters of one device from begin to end.
@@ -358,6 +380,107 @@ fn a_share_bears_a_hostile_driver_and_nothing_but_it_is_changed() {
     assert_eq!(shared.contents(), before);
     let secret = std::fs::read_to_string(shared.0.join("secret")).unwrap();
     assert_eq!(secret, "not for a guest");
+}
+
+#[test]
+fn the_balloon_bears_a_hostile_driver() {
+    let Some(guest) = guest("the_balloon_bears_a_hostile_driver") else {
+        return;
+    };
+    let own = [
+        "no chain of reports",
+        "frames that are none",
+        "the same frame without end",
+        "reports that are none",
+    ];
+    assert_eq!(play(Vmm::new(&guest), "balloon"), chapters(&own));
+}
+
+#[test]
+fn hotplugged_memory_bears_a_hostile_driver() {
+    let Some(guest) = guest("hotplugged_memory_bears_a_hostile_driver") else {
+        return;
+    };
+    let mut vmm = Vmm::new(&guest);
+    vmm.more = r#","memory_max_mib":576,"plug_mib":256"#.to_owned();
+    let own = [
+        "requests that are none",
+        "blocks that are not there or not plugged",
+        "memory that is not plugged",
+        "plugged and unplugged without end",
+    ];
+    assert_eq!(play(vmm, "mem"), chapters(&own));
+}
+
+#[test]
+fn the_serial_port_bears_a_hostile_guest() {
+    const FLOOD_BYTES: usize = 24 * 4095;
+    let Some(guest) = guest("the_serial_port_bears_a_hostile_guest") else {
+        return;
+    };
+    let all = [
+        "an honest request at first: ok",
+        "registers of the serial port: ok",
+        "a flood of the serial port: ok",
+    ];
+    let played = Play::begin(Vmm::new(&guest), "serial").end_with(|ended| {
+        let flood = ended.serial.bytes().filter(|byte| *byte == 0x1b);
+        assert_eq!(flood.count(), FLOOD_BYTES);
+    });
+    assert_eq!(played, all);
+}
+
+#[test]
+fn while_notifications_storm_the_owner_and_other_devices_are_answered_and_the_vm_ends_at_once() {
+    const NAME: &str = "while_notifications_storm_the_owner_and_other_devices_are_answered_and_the_vm_ends_at_once";
+    const QUESTIONS: usize = 100;
+    let Some(guest) = guest(NAME) else {
+        return;
+    };
+    for by_signal in [false, true] {
+        let mut play = Play::begin(Vmm::new(&guest), "storm");
+        let counted = |play: &mut Play| match play.control.ask(&Request::Counters, &[]) {
+            Reply::Counters(mut counters) => {
+                let mut of = |name: &str| counters.devices.remove(name).unwrap();
+                (
+                    of("virtio-rng")["bytes"],
+                    of("virtio-balloon")["inflated_bytes"],
+                )
+            }
+            reply => panic!("{reply:?}"),
+        };
+        let (random, given) = counted(&mut play);
+        for _ in 0..QUESTIONS {
+            play.ask();
+        }
+        // Both devices had their turns as well.
+        let since = Instant::now();
+        loop {
+            let (random_now, given_now) = counted(&mut play);
+            if random_now > random && given_now > given {
+                break;
+            }
+            assert!(since.elapsed() <= REPLY_MAX, "a device was not served");
+        }
+        assert!(
+            play.slowest <= REPLY_MAX,
+            "an answer took {:?}",
+            play.slowest
+        );
+        let since = Instant::now();
+        match by_signal {
+            true => play.running.signal(Signal::TERM),
+            false => play.control.done(&Request::Stop),
+        }
+        let ended = play.running.wait();
+        assert!(
+            since.elapsed() <= REPLY_MAX,
+            "it took {:?}",
+            since.elapsed()
+        );
+        assert_eq!(ended.exit, Some(VmmExit::Stopped), "{}", ended.stderr);
+        assert_eq!(ended.serial, "ready\n");
+    }
 }
 
 #[test]

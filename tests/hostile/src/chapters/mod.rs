@@ -2,15 +2,18 @@
 //! `rings`, `storms`, `interrupts`), and one file for what only one device has;
 //! `machine` is about all that is no virtio device.
 
+mod balloon;
 mod blk;
 mod fs;
 mod interrupts;
 mod machine;
+mod mem;
 mod negotiation;
 mod net;
 mod registers;
 mod rings;
 mod rng;
+mod serial;
 mod settings;
 mod storms;
 mod vsock;
@@ -20,6 +23,7 @@ use crate::report::{At, Outcome, Why, chapter, say};
 use crate::ring::Ring;
 use crate::virtio::Device;
 use crate::{cpu, pci};
+use core::ops::Range;
 
 /// Entries of the queues that an honest driver makes: no queue is smaller.
 const QUEUE_SIZE: u16 = 8;
@@ -40,6 +44,11 @@ pub(crate) trait Honest {
         &mut self.rings()[0]
     }
 
+    /// Bytes of the configuration that are the driver's.
+    fn writable_config(&self) -> Range<u64> {
+        0..0
+    }
+
     /// What makes the device look at its victim, if a notification alone does not.
     fn provoke(&mut self) -> Outcome {
         Ok(())
@@ -53,7 +62,7 @@ pub(crate) trait Honest {
         let (device, features) = (self.device(), self.features() | features);
         device.negotiate(features)?;
         for ring in self.rings() {
-            *ring = Ring::new(ring.number, ring.size);
+            ring.renew();
             device.queue(ring);
         }
         Ok(())
@@ -83,11 +92,19 @@ type Named<H> = (&'static str, fn(&mut H) -> Outcome);
 /// Plays the chapters of one device, and then sleeps; the host measures the VMM at `ready` and from `idle` on.
 pub(crate) fn play(name: &[u8]) {
     match name {
+        b"balloon" => with(balloon::Balloon::new(), &balloon::CHAPTERS),
         b"blk" => with(blk::Blk::new(), &blk::CHAPTERS),
         b"fs" => with(fs::Fs::new(), &fs::CHAPTERS),
         b"machine" => with(rng::Rng::new(), &machine::CHAPTERS),
+        b"mem" => with(mem::Mem::new(), &mem::CHAPTERS),
         b"net" => with(net::Net::new(), &net::CHAPTERS),
         b"rng" => with(rng::Rng::new(), &rng::CHAPTERS),
+        b"serial" => with(rng::Rng::new(), &serial::CHAPTERS),
+        b"storm" => {
+            if let Err(why) = storms::for_ever() {
+                chapter("a storm for ever", Err(why));
+            }
+        }
         b"vsock" => with(vsock::Vsock::new(), &vsock::CHAPTERS),
         _ => say(format_args!("there are no such chapters")),
     }

@@ -1,6 +1,6 @@
 //! The entropy device (virtio 1.2 section 5.4): one queue of buffers to be filled.
 
-use super::{COMMON_COUNT, Honest, Named, chapters_of, impossible, queues};
+use super::{COMMON_COUNT, Honest, Named, QUEUE_SIZE, chapters_of, impossible, queues};
 use crate::cpu::{peek, poke};
 use crate::report::{At, Outcome, same};
 use crate::ring::{Ring, readable, writable};
@@ -29,6 +29,14 @@ impl Rng {
         Ok(Rng {
             device: Device::find(TYPE)?,
             rings: queues(),
+        })
+    }
+
+    /// With its queue in another place, beside another device.
+    pub(super) fn placed(place: u16) -> Outcome<Rng> {
+        Ok(Rng {
+            device: Device::find(TYPE)?,
+            rings: [Ring::placed(place, 0, QUEUE_SIZE)],
         })
     }
 

@@ -2,8 +2,10 @@
 //! Whether the VMM answers its owner meanwhile, the host looks at.
 
 use super::Honest;
-use crate::report::{At, Outcome, same};
-use crate::ring::Ring;
+use super::balloon::Balloon;
+use super::rng::Rng;
+use crate::report::{At, Outcome, same, say};
+use crate::ring::writable;
 use crate::virtio::{ACKNOWLEDGE, DRIVER, Device, FEATURES_OK, RUNNING};
 
 /// Notifications of the queues of a device that runs, in all.
@@ -73,7 +75,7 @@ fn not_running<H: Honest>(honest: &mut H) -> Outcome {
     // One queue enabled, the others not: whether that is enough is the device's to say, and the storm is nothing to it.
     device.negotiate(features)?;
     let victim = honest.victim();
-    *victim = Ring::new(victim.number, victim.size);
+    victim.renew();
     device.queue(victim);
     device.set_status(RUNNING);
     storm(honest, device);
@@ -83,5 +85,34 @@ fn not_running<H: Honest>(honest: &mut H) -> Outcome {
 fn storm<H: Honest>(honest: &mut H, device: Device) {
     for ring in honest.rings() {
         device.kick_many(ring.number, ring.number, KICKS_OF_NOTHING);
+    }
+}
+
+/// Two devices of one event loop until the host ends it: one has all the work that it can have, the other is asked something now and then.
+pub(super) fn for_ever() -> Outcome {
+    const BUFFER: u64 = 0x3c0_0000;
+    const BUFFER_BYTES: u32 = 64 * 1024;
+    /// A place that no queue of the balloon has.
+    const PLACE: u16 = 8;
+    const KICKS: u32 = 500;
+    let (mut rng, mut balloon) = (Rng::placed(PLACE)?, Balloon::new()?);
+    rng.up(0)?;
+    balloon.up(0)?;
+    let device = rng.device();
+    let work = rng.victim();
+    for head in 0..work.size {
+        work.chain(head, &[writable(BUFFER, BUFFER_BYTES)]);
+        work.offer(head);
+    }
+    say(format_args!("ready"));
+    loop {
+        device.kick_many(0, 0, KICKS);
+        // So that it never runs dry.
+        while let Some((head, _)) = work.take() {
+            work.offer(head as u16);
+        }
+        burst(&mut balloon, KICKS);
+        device.kick(PLACES - 1);
+        balloon.ask()?;
     }
 }

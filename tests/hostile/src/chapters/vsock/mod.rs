@@ -4,7 +4,7 @@
 mod chapters;
 mod packet;
 
-use super::{COMMON_COUNT, Honest, Named, chapters_of, queues};
+use super::{COMMON_COUNT, Honest, Named, QUEUE_SIZE, chapters_of};
 use crate::cpu::{peek, poke};
 use crate::report::{At, Outcome, Why, same};
 use crate::ring::{Descriptor, Ring, readable, writable};
@@ -16,9 +16,11 @@ const RECEIVE: usize = 0;
 const TRANSMIT: usize = 1;
 /// Where packets come to, a page each; where they go from; and what they carry.
 const RECEIVED: u64 = 0x60_0000;
-const SENT: u64 = 0x61_0000;
-const PAYLOAD: u64 = 0x62_0000;
+const SENT: u64 = 0x65_0000;
+const PAYLOAD: u64 = 0x66_0000;
 const PAGE: u32 = 0x1000;
+/// Entries of the queues that packets go by, so that many are under way at once.
+const PACKETS: u16 = 64;
 
 /// Ports of the host.
 const ECHOES: u32 = 1024;
@@ -63,7 +65,11 @@ impl Vsock {
     pub(in crate::chapters) fn new() -> Outcome<Vsock> {
         Ok(Vsock {
             device: Device::find(TYPE)?,
-            rings: queues(),
+            rings: [
+                Ring::new(0, PACKETS),
+                Ring::new(1, PACKETS),
+                Ring::new(2, QUEUE_SIZE),
+            ],
             victim: TRANSMIT,
             port: 0x1_0000,
         })
