@@ -51,11 +51,16 @@ impl Function {
 
     /// Where its first capability with this id is.
     pub(crate) fn capability(self, id: u8) -> Outcome<u8> {
+        self.capability_with(id, |_| true)
+    }
+
+    /// Where the first one is of which that holds as well.
+    pub(crate) fn capability_with(self, id: u8, is_it: impl Fn(u8) -> bool) -> Outcome<u8> {
         let mut at: u8 = self.read(CAPABILITIES);
         for _ in 0..CAPABILITIES_MAX {
             match at {
                 0 => break,
-                _ if self.read::<u8>(at) == id => return Ok(at),
+                _ if self.read::<u8>(at) == id && is_it(at) => return Ok(at),
                 _ => at = self.read(at + 1),
             }
         }

@@ -35,9 +35,9 @@ const REPLY_MAX: Duration = Duration::from_millis(REPLY_TIMEOUT_MS);
 /// How often the owner asks while the chapters are played.
 const ASKED_EVERY: Duration = Duration::from_millis(5);
 /// How long the VMM of a guest that sleeps is watched.
-const WATCHED: Duration = Duration::from_secs(1);
+const WATCHED: Duration = Duration::from_millis(500);
 /// How much of it the VMM may run.
-const BUSY_MAX: Duration = Duration::from_millis(50);
+const BUSY_MAX: Duration = Duration::from_millis(25);
 /// Everybody on the link.
 const BROADCAST: &str = "10.9.0.255";
 /// The guest's memory, which is one mapping of exactly this size, in KiB.
@@ -221,7 +221,7 @@ fn busy_since(running: &Running, before: Duration) -> Duration {
 }
 
 /// What all virtio devices have to bear, in order.
-const COMMON: [&str; 10] = [
+const COMMON: [&str; 11] = [
     "an honest request at first",
     "registers of any width and offset",
     "features and the status in any order",
@@ -232,6 +232,7 @@ const COMMON: [&str; 10] = [
     "notifications without end",
     "messages of every kind",
     "events that are none",
+    "a device in another place",
 ];
 
 fn chapters(own: &[&str]) -> Vec<String> {

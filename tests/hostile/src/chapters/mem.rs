@@ -192,7 +192,7 @@ fn blocks(mem: &mut Mem) -> Outcome {
             (end, 0),
             (1 << 63, 1),
             (u64::MAX, 1),
-            (u64::MAX & !(mem.block - 1), u16::MAX),
+            (!(mem.block - 1), u16::MAX),
         ]) {
             let answer = mem.request(kind, address, blocks)?;
             let case = u64::from(kind) << 32 | number;

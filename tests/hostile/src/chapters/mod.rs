@@ -1,5 +1,5 @@
 //! The chapters: what is the same for every virtio device (`registers`, `negotiation`, `settings`,
-//! `rings`, `storms`, `interrupts`), and one file for what only one device has;
+//! `rings`, `storms`, `interrupts`, `places`), and one file for what only one device has;
 //! `machine` is about all that is no virtio device.
 
 mod balloon;
@@ -10,6 +10,7 @@ mod machine;
 mod mem;
 mod negotiation;
 mod net;
+mod places;
 mod registers;
 mod rings;
 mod rng;
@@ -137,7 +138,7 @@ pub(crate) fn power_off() -> ! {
 }
 
 /// How many chapters every virtio device has.
-const COMMON_COUNT: usize = 9;
+const COMMON_COUNT: usize = 10;
 
 /// The chapters that every virtio device has, and then its own.
 macro_rules! chapters_of {
@@ -154,6 +155,7 @@ macro_rules! chapters_of {
             ("notifications without end", storms::play),
             ("messages of every kind", interrupts::msix),
             ("events that are none", interrupts::events),
+            ("a device in another place", places::play),
         ];
         let mut all = [COMMON[0]; COMMON_COUNT + OWN.len()];
         let mut at = 0;
