@@ -21,8 +21,9 @@ use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 
-/// How long a run of the VMM may take before a test gives up on it, in seconds.
-pub(crate) const RUN_TIMEOUT_S: i64 = 60;
+/// How long a run of the VMM may take before a test gives up on it, in seconds: many times what it takes on an emulated host that others
+/// use as well.
+pub(crate) const RUN_TIMEOUT_S: i64 = 600;
 /// Whom the VMM becomes in tests.
 pub(crate) const UID: u32 = 61_234;
 /// Its group.

@@ -2,6 +2,7 @@
 
 use crate::owner;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -25,6 +26,13 @@ pub(crate) struct HostSide {
 impl HostSide {
     /// Serves the connections that come by `owner`.
     pub(crate) fn new(owner: OwnedFd) -> HostSide {
+        // For as many connections as a guest may have. The VMM sets its own limit.
+        let limit = getrlimit(Resource::Nofile);
+        let raised = Rlimit {
+            current: limit.maximum,
+            ..limit
+        };
+        setrlimit(Resource::Nofile, raised).unwrap();
         let ends = Arc::new(AtomicBool::new(false));
         let ended = Arc::clone(&ends);
         let thread = std::thread::spawn(move || serve(&owner, &ended));

@@ -434,7 +434,6 @@ fn the_serial_port_bears_a_hostile_guest() {
 #[test]
 fn while_notifications_storm_the_owner_and_other_devices_are_answered_and_the_vm_ends_at_once() {
     const NAME: &str = "while_notifications_storm_the_owner_and_other_devices_are_answered_and_the_vm_ends_at_once";
-    const QUESTIONS: usize = 100;
     let Some(guest) = guest(NAME) else {
         return;
     };
@@ -451,8 +450,9 @@ fn while_notifications_storm_the_owner_and_other_devices_are_answered_and_the_vm
             reply => panic!("{reply:?}"),
         };
         let (random, given) = counted(&mut play);
-        for _ in 0..QUESTIONS {
-            play.ask();
+        match by_signal {
+            true => play.ask(),
+            false => play.until("stormed\n"),
         }
         // Both devices had their turns as well.
         let since = Instant::now();
@@ -480,7 +480,11 @@ fn while_notifications_storm_the_owner_and_other_devices_are_answered_and_the_vm
             since.elapsed()
         );
         assert_eq!(ended.exit, Some(VmmExit::Stopped), "{}", ended.stderr);
-        assert_eq!(ended.serial, "ready\n");
+        let said: Vec<&str> = ended.serial.lines().collect();
+        assert!(
+            matches!(said[..], ["ready"] | ["ready", "stormed"]),
+            "{said:?}"
+        );
     }
 }
 

@@ -184,7 +184,7 @@ fn vectors<H: Honest>(honest: &mut H, messages: &mut Messages) -> Outcome {
 
 /// What comes while it is masked comes behind it, however often that changes.
 fn masks<H: Honest>(honest: &mut H, messages: &mut Messages) -> Outcome {
-    const STORM: u32 = 1_000;
+    const STORM: u32 = 250;
     let vector = messages.fresh();
     messages.mask(true);
     honest.ask()?;
@@ -247,14 +247,14 @@ fn nonsense<H: Honest>(honest: &mut H, messages: &mut Messages) -> Outcome {
 
 /// Switched off, on and masked over and over; what is off says nothing.
 fn controls<H: Honest>(honest: &mut H, messages: &mut Messages) -> Outcome {
-    const STORM: u32 = 200;
+    const STORM: u32 = 100;
     let vector = messages.fresh();
     messages.control(0);
     honest.ask()?;
     same("a message", came(vector), false).at("switched off", 0)?;
     for time in 0..STORM {
         messages.control([ENABLED, 0, ENABLED | FUNCTION_MASKED, u16::MAX][time as usize % 4]);
-        if time % 50 == 0 {
+        if time % 25 == 0 {
             honest.ask().at("switched off and on", time.into())?;
         }
     }

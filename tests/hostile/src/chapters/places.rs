@@ -87,14 +87,12 @@ fn window<H: Honest>(honest: &mut H) -> Outcome {
     let device = honest.device();
     let Device { function, .. } = device;
     let at = function.capability_with(VENDORS, |at| function.read::<u8>(at + KIND) == WINDOW)?;
-    for bar in [0, 1, 5, 6, u8::MAX] {
+    for bar in [0, 1, u8::MAX] {
         for offset in OFFSETS {
-            for length in [0, 1, 2, 3, 4, 5, 8, 0x8000_0000, u32::MAX] {
+            for length in [0, 1, 2, 3, 4, u32::MAX] {
                 aim(function, at, (bar, offset, length));
-                for part in 0..4 {
-                    function.write(at + DATA + part, u8::MAX);
-                    let _any: u8 = function.read(at + DATA + part);
-                }
+                function.write(at + DATA + 3, u8::MAX);
+                let _any: u8 = function.read(at + DATA + 3);
                 function.write(at + DATA, u32::MAX);
                 let _any: u32 = function.read(at + DATA);
             }

@@ -264,7 +264,7 @@ pub(super) fn credit(vsock: &mut Vsock) -> Outcome {
 
 /// A host that does not read: what the VMM keeps for it is bounded, and what is sent beyond ends the connection (S5, S8).
 pub(super) fn overrun(vsock: &mut Vsock) -> Outcome {
-    const CONNECTIONS: u32 = 20;
+    const CONNECTIONS: u32 = 10;
     /// More than a connection's buffer and the socket hold.
     const PACKETS: u32 = 64;
     vsock.up(0)?;
@@ -294,8 +294,8 @@ pub(super) fn overrun(vsock: &mut Vsock) -> Outcome {
 
 /// Many more than there may be, to a port that is listed and one that is not, with and without taking the answers (S6).
 pub(super) fn connections(vsock: &mut Vsock) -> Outcome {
-    const UNLISTED: u32 = 20_032;
-    const LISTED: u32 = 4_032;
+    const UNLISTED: u32 = 2_560;
+    const LISTED: u32 = 1_344;
     const MAX: u32 = 1_023;
     /// More than answers wait in the device.
     const UNHEARD: u32 = 300;
