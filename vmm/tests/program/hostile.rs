@@ -5,6 +5,7 @@
 use crate::control::channel::Control;
 use crate::harness::{Ended, Running, Vmm, can_run, inherited};
 use crate::host_side::{ECHOES, HostSide, NEVER_READS, NEVER_STOPS};
+use crate::jail::tap;
 use crate::owner;
 use capsid_protocol::control::{REPLY_TIMEOUT_MS, Reply, Request};
 use capsid_protocol::exit::VmmExit;
@@ -506,11 +507,8 @@ fn configuration_space_and_ports_bear_a_hostile_guest() {
 fn link() -> (Vec<OwnedFd>, UdpSocket) {
     const MTU: u16 = 1500;
     let made = std::thread::spawn(|| {
-        let taps = crate::tap::taps(2, MTU).expect("a tap device");
-        (
-            taps,
-            UdpSocket::bind((crate::tap::HOST, 0)).expect("a socket"),
-        )
+        let taps = tap::taps(2, MTU).expect("a tap device");
+        (taps, UdpSocket::bind((tap::HOST, 0)).expect("a socket"))
     });
     made.join().expect("a link")
 }

@@ -2,7 +2,7 @@
 
 #[path = "../../../tests/src/tap.rs"]
 #[allow(unreachable_pub, dead_code)] // It is public in the other package, which uses more of it.
-mod tap;
+pub(crate) mod tap;
 
 use crate::control::channel::Control;
 use crate::control::new_disk;

@@ -11,6 +11,3 @@ mod hostile;
 mod jail;
 mod owner;
 mod refusals;
-#[path = "../../../tests/src/tap.rs"]
-#[allow(unreachable_pub, dead_code)] // It is public in the other package, which needs more of it.
-mod tap;

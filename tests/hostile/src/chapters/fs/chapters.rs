@@ -286,6 +286,32 @@ pub(super) fn nodes(fs: &mut Fs) -> Outcome {
         wanted(error, ESTALE).at("a target", node)?;
     }
     let node = fs.lookup(FILE)?;
+    handles(fs, node)?;
+    // More is given back than was taken; the root is never gone.
+    for lookups in [u64::MAX, 1, u64::MAX] {
+        fs.forget(node, lookups)?;
+        fs.forget(ROOT, lookups)?;
+    }
+    let error = fs.call(GETATTR, node, &attributes)?;
+    wanted(error, ESTALE).at("a forgotten node", 0)?;
+    fs.well(GETATTR, ROOT, &attributes)?;
+    for count in [0, 1, 2, 3, 0x1000_0001, u32::MAX] {
+        // Two are there, whatever it says.
+        let two = Arguments::none().u32(count).u32(0);
+        let length = fs.put(BATCH_FORGET, 0, &two.u64(ROOT).u64(9).u64(77).u64(u64::MAX));
+        let written = fs.send(FORGETS, &[readable(REQUEST, length), writable(REPLY, ROOM)])?;
+        same("bytes written", written, 0u32).at("forgets", count.into())?;
+    }
+    for unique in [0, 1, u64::MAX] {
+        let length = fs.put(INTERRUPT, 0, &Arguments::of(&[unique]));
+        let written = fs.send(FORGETS, &[readable(REQUEST, length)])?;
+        same("bytes written", written, 0u32).at("an interrupt", unique)?;
+    }
+    fs.ask()
+}
+
+/// Handles that were never given, are another file's, or were given back.
+fn handles(fs: &mut Fs, node: u64) -> Outcome {
     let handle = fs.open(node)?;
     for (node, handle) in [
         (node, 0),
@@ -313,28 +339,7 @@ pub(super) fn nodes(fs: &mut Fs) -> Outcome {
     }
     fs.well(RELEASE, node, &Arguments::of(&[handle, 0, 0]))?;
     let error = fs.call(RELEASE, node, &Arguments::of(&[handle, 0, 0]))?;
-    wanted(error, EBADF).at("released twice", 0)?;
-    // More is given back than was taken; the root is never gone.
-    for lookups in [u64::MAX, 1, u64::MAX] {
-        fs.forget(node, lookups)?;
-        fs.forget(ROOT, lookups)?;
-    }
-    let error = fs.call(GETATTR, node, &attributes)?;
-    wanted(error, ESTALE).at("a forgotten node", 0)?;
-    fs.well(GETATTR, ROOT, &attributes)?;
-    for count in [0, 1, 2, 3, 0x1000_0001, u32::MAX] {
-        // Two are there, whatever it says.
-        let two = Arguments::none().u32(count).u32(0);
-        let length = fs.put(BATCH_FORGET, 0, &two.u64(ROOT).u64(9).u64(77).u64(u64::MAX));
-        let written = fs.send(FORGETS, &[readable(REQUEST, length), writable(REPLY, ROOM)])?;
-        same("bytes written", written, 0u32).at("forgets", count.into())?;
-    }
-    for unique in [0, 1, u64::MAX] {
-        let length = fs.put(INTERRUPT, 0, &Arguments::of(&[unique]));
-        let written = fs.send(FORGETS, &[readable(REQUEST, length)])?;
-        same("bytes written", written, 0u32).at("an interrupt", unique)?;
-    }
-    fs.ask()
+    wanted(error, EBADF).at("released twice", 0)
 }
 
 /// Links that lead out, devices, and what is no file (U5, U7; CVE-2020-35517).
