@@ -31,8 +31,9 @@ const GROWTH_MAX_KIB: u64 = 8 * 1024;
 const LOG_MAX_BYTES: usize = 64 * 1024;
 /// How many fds more it may have: those with which a device is brought up, and of the last honest question.
 const FDS_MORE: usize = 8;
-/// How long its owner waits for an answer at most, whatever the guest does.
-const REPLY_MAX: Duration = Duration::from_millis(REPLY_TIMEOUT_MS);
+/// How long anything that is not the guest's may take, whatever that does: ten times as long as an owner waits for an answer, as in
+/// [`Control`], because tests run on emulated hosts.
+const ANSWER_MAX: Duration = Duration::from_millis(10 * REPLY_TIMEOUT_MS);
 /// How often the owner asks while the chapters are played.
 const ASKED_EVERY: Duration = Duration::from_millis(5);
 /// How long the VMM of a guest that sleeps is watched.
@@ -149,7 +150,7 @@ impl Play {
             "it had {} fds, and then {fds}",
             self.fds
         );
-        assert!(slowest <= REPLY_MAX, "an answer took {slowest:?}");
+        assert!(slowest <= ANSWER_MAX, "an answer took {slowest:?}");
         println!(
             "{}: {before} KiB, then {after} KiB; busy for {busy:?} of {watched:?}; slowest answer {slowest:?}",
             self.name
@@ -462,10 +463,10 @@ fn while_notifications_storm_the_owner_and_other_devices_are_answered_and_the_vm
             if random_now > random && given_now > given {
                 break;
             }
-            assert!(since.elapsed() <= REPLY_MAX, "a device was not served");
+            assert!(since.elapsed() <= ANSWER_MAX, "a device was not served");
         }
         assert!(
-            play.slowest <= REPLY_MAX,
+            play.slowest <= ANSWER_MAX,
             "an answer took {:?}",
             play.slowest
         );
@@ -476,7 +477,7 @@ fn while_notifications_storm_the_owner_and_other_devices_are_answered_and_the_vm
         }
         let ended = play.running.wait();
         assert!(
-            since.elapsed() <= REPLY_MAX,
+            since.elapsed() <= ANSWER_MAX,
             "it took {:?}",
             since.elapsed()
         );
