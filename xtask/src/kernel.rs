@@ -1,6 +1,6 @@
 //! `cargo xtask kernel`: the guest kernel, built from Debian's source with our configuration, and kept in the cache.
 //!
-//! What is built is a function of the fragments, the source, the compiler and the recipe below, and the cache is keyed by
+//! What is built is a function of the fragments, the headers of [`objects`], the source, the compiler and the recipe below, and the cache is keyed by
 //! those. A build happens in the entry's temporary directory, so one that dies leaves nothing that looks complete; the
 //! environment of the caller does not reach it. Trusts the source it is given.
 
@@ -8,6 +8,7 @@ mod build;
 pub mod fragments;
 pub mod image;
 pub mod manifest;
+pub mod objects;
 pub mod source;
 
 use std::io::Write as _;
@@ -19,6 +20,7 @@ use crate::command::CommandError;
 use crate::progress::Progress;
 use build::Tools;
 use fragments::{FragmentError, Requests};
+use objects::{Headers, ObjectError};
 use source::{Source, SourceError};
 
 /// The cache's kind of built kernels.
@@ -78,6 +80,9 @@ pub enum KernelError {
     /// The fragments are not sound.
     #[error(transparent)]
     Fragments(#[from] FragmentError),
+    /// The headers of objects are not there.
+    #[error(transparent)]
+    Objects(#[from] ObjectError),
     /// There is no source, or no tools.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -150,6 +155,7 @@ pub fn verified_config(
 /// Everything that a build depends on.
 struct Plan {
     requests: Requests,
+    headers: Headers,
     source: Source,
     tools: Tools,
     key: Key,
@@ -162,16 +168,19 @@ impl Plan {
         source: Option<&Path>,
     ) -> Result<Self, KernelError> {
         let requests = Requests::read(&workspace.join(FRAGMENTS))?;
+        let headers = Headers::read(workspace.join(objects::OBJECTS))?;
         let source = Source::find(progress, source)?;
         let tools = Tools::find()?;
         let key = Key::builder()
             .bytes(requests.all_config())
+            .bytes(headers.identity())
             .bytes(source.identity())
             .bytes(tools.versions().join("\n"))
             .bytes(build::recipe())
             .finish();
         Ok(Self {
             requests,
+            headers,
             source,
             tools,
             key,

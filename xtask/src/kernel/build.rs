@@ -13,6 +13,7 @@ use std::time::Duration;
 use super::fragments::{Config, FragmentError, Unmet, known_symbols};
 use super::image::{self, ImageError};
 use super::manifest::{FORMAT, FileEntry, Manifest};
+use super::objects::{self, ObjectError};
 use super::source::SourceError;
 use super::{BZIMAGE, CONFIG, MANIFEST, Plan, VMLINUX};
 use crate::command::{self, CommandError};
@@ -55,6 +56,9 @@ pub(super) enum BuildError {
     /// The configuration does not give what the fragments ask for.
     #[error("{} symbols of guest-kernel/config are not as asked for:{}", .0.len(), listed(.0))]
     Unmet(Vec<Unmet>),
+    /// A header of an object had no effect.
+    #[error(transparent)]
+    Object(#[from] ObjectError),
     /// What was built is no kernel for the VMM.
     #[error("the vmlinux that was built is not fit to be booted")]
     Image(#[from] ImageError),
@@ -117,7 +121,9 @@ pub(super) fn kernel(progress: &Progress, plan: &Plan, dir: &Path) -> Result<(),
         let before = cpu_time_of_children();
         let jobs = std::thread::available_parallelism().map_or(1, usize::from);
         let mut make = dying_with_us(&tree.make());
-        make.arg(format!("-j{jobs}")).args(TARGETS);
+        make.arg(format!("-j{jobs}"))
+            .args(plan.headers.variables())
+            .args(TARGETS);
         run_with_reports(progress, step, &mut make)?;
         if let (Some(before), Some(after)) = (before, cpu_time_of_children()) {
             progress.say(&format!(
@@ -128,6 +134,8 @@ pub(super) fn kernel(progress: &Progress, plan: &Plan, dir: &Path) -> Result<(),
         Ok::<_, BuildError>(())
     })?;
     progress.step("guest kernel: strip and check", |step| {
+        let symbols = read(&tree.output.join("System.map"))?;
+        objects::check(&String::from_utf8_lossy(&symbols))?;
         let vmlinux = dir.join(VMLINUX);
         let mut strip = clean("strip");
         strip
