@@ -1,5 +1,5 @@
 //! The keyboard controller's ports, for the one thing that a guest without a keyboard needs: the pulse of
-//! the reset line (command 0xFE), which Linux sends with `reboot=k` (arch/x86/kernel/reboot.c, BOOT_KBD).
+//! the reset line (command 0xFE), which Linux sends where there is no ACPI (arch/x86/kernel/reboot.c, BOOT_KBD).
 //!
 //! The status always says "input buffer empty", for which Linux waits before it sends the command, and
 //! "output buffer full", so that Linux's keyboard driver, where it is built in, cannot drain the controller

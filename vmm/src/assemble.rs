@@ -6,7 +6,7 @@
 use crate::arch::cpuid::{self, Cpu};
 use crate::arch::{mptable, registers};
 use crate::board::{Board, BoardError};
-use crate::boot::{self, BootError, Entry, Guest};
+use crate::boot::{self, BootError, Entry, Guest, Line};
 use crate::control::{Attachments, Control, ControlError};
 use crate::end::{End, Ends};
 use crate::faults::FaultLines;
@@ -298,9 +298,13 @@ fn load(
     let guest = Guest {
         kernel,
         initramfs,
-        cmdline: &config.cmdline,
-        serial: config.serial.is_some(),
-        maxcpus: (config.cpus < config.cpus_present()).then(|| config.cpus.get()),
+        line: Line {
+            serial: config.serial.is_some(),
+            pluggable: config.memory_max_mib.is_some(),
+            high: layout::memory_ranges(config.memory_mib.bytes()).len() > 1,
+            maxcpus: (config.cpus < config.cpus_present()).then(|| config.cpus.get()),
+            extra: &config.cmdline,
+        },
     };
     boot::load(memory, config.memory_mib, &guest)
 }

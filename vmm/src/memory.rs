@@ -19,7 +19,9 @@ use std::sync::Arc;
 use vm_memory::{GuestRegionCollection, MmapRegion};
 
 /// Size and alignment of a huge page of x86-64, in bytes.
-const HUGE_PAGE_BYTES: usize = 2 << 20;
+pub const HUGE_PAGE_BYTES: u64 = 2 << 20;
+/// The same, as an alignment of addresses.
+const ALIGN_BYTES: usize = HUGE_PAGE_BYTES as usize;
 
 /// Size of a page, in bytes.
 pub const PAGE_BYTES: u64 = 4096;
@@ -170,10 +172,10 @@ fn map_region(bytes: u64) -> Result<MmapRegion, Errno> {
     let protection = ProtFlags::READ | ProtFlags::WRITE;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // One huge page more than needed; what sticks out of the aligned place in it is given back.
-    let mapped_bytes = bytes.checked_add(HUGE_PAGE_BYTES).ok_or(Errno::NOMEM)?;
+    let mapped_bytes = bytes.checked_add(ALIGN_BYTES).ok_or(Errno::NOMEM)?;
     // SAFETY: a new mapping at an address of the kernel's choice touches nothing that exists.
     let mapped = unsafe { mmap_anonymous(std::ptr::null_mut(), mapped_bytes, protection, flags)? };
-    let before = mapped.align_offset(HUGE_PAGE_BYTES);
+    let before = mapped.align_offset(ALIGN_BYTES);
     let start = mapped.wrapping_byte_add(before);
     let end = start.wrapping_byte_add(bytes);
     // SAFETY: the mapping made above, which nobody else knows of, has three disjoint parts: what is before
@@ -182,8 +184,8 @@ fn map_region(bytes: u64) -> Result<MmapRegion, Errno> {
         if before > 0 {
             munmap(mapped, before)?;
         }
-        if before < HUGE_PAGE_BYTES {
-            munmap(end, HUGE_PAGE_BYTES - before)?;
+        if before < ALIGN_BYTES {
+            munmap(end, ALIGN_BYTES - before)?;
         }
         madvise(start, bytes, Advice::LinuxDontDump)?;
         // Refused only by a host kernel without huge pages, which then has none to give.
@@ -233,7 +235,7 @@ mod tests {
         assert_eq!(regions, [(0, 3 << 30), (4 << 30, 1 << 30)]);
         for region in memory.iter() {
             let slice = memory.get_slice(region.start_addr(), 1).unwrap();
-            assert_eq!(slice.ptr_guard().as_ptr() as usize % HUGE_PAGE_BYTES, 0);
+            assert_eq!(slice.ptr_guard().as_ptr() as usize % ALIGN_BYTES, 0);
         }
         memory.write_obj(1u64, GuestAddress(0)).unwrap();
         memory.write_obj(2u64, GuestAddress(4 << 30)).unwrap();

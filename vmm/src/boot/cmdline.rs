@@ -3,14 +3,15 @@
 use super::error::BootError;
 use std::ffi::CString;
 
-/// Parameters that every guest gets, each with its reason.
+/// Parameters that every guest gets, each with its reason. Linux compares each word with the name of each of its parameters, and once more
+/// before each of eight levels of initialisation (do_initcall_level): a tenth of a millisecond for a word. So there is none for what
+/// Linux does by itself: reset by the keyboard controller where there is no ACPI, PCI configuration by ports where there is no table
+/// of it, no check of the timer in a KVM guest, a seed from RDRAND.
 const ALWAYS: &[&str] = &[
-    // Reset by the keyboard controller, at once, after a panic: the VMM sees both.
-    "reboot=k",
+    // Reset at once after a panic: the VMM sees both.
     "panic=-1",
     // kvm-clock says what the TSC does; no watchdog has to find out.
     "tsc=reliable",
-    "no_timer_check",
     // There is none in the MP table (`arch/mptable.rs`), but only these words make Linux take the 8259's interrupts by LINT0, which is
     // how the serial port's come (setup_local_APIC).
     "noapic",
@@ -25,23 +26,25 @@ const ALWAYS: &[&str] = &[
     "i8042.nomux",
     "i8042.nopnp",
     "i8042.dumbkbd",
-    "pci=conf1,lastbus=0",
-    "swiotlb=noforce",
     // The crypto self-tests are for kernels whose build nobody tested.
     "cryptomgr.notests",
-    // Seed from RDRAND until virtio-rng is there; the host sees all memory anyway.
-    "random.trust_cpu=1",
     // Drivers that are built in would put tunl0, dummy0 and ifb0 next to a pod's eth0.
     "fb_tunnels=none",
     "dummy.numdummies=0",
     "ifb.numifbs=0",
-    // Memory that the VMM adds is used at once, most of it for what can be moved, so that it can be taken away again; but not so much that
-    // none is left for what cannot.
-    "memhp_default_state=online",
-    "memory_hotplug.online_policy=auto-movable",
     // Waiting for a grace period is most of what a boot waits for.
     "rcupdate.rcu_expedited=1",
 ];
+
+/// Where memory can be plugged: it is used at once, most of it for what can be moved, so that it can be taken away again; but not so much that
+/// none is left for what cannot.
+const PLUGGABLE: &[&str] = &[
+    "memhp_default_state=online",
+    "memory_hotplug.online_policy=auto-movable",
+];
+
+/// Where there is memory above 4 GiB: devices reach it, no 64 MiB are kept below for copies.
+const HIGH: &[&str] = &["swiotlb=noforce"];
 
 /// Without a serial port: nothing is printed until a panic, which goes to the VMM's ring by the simplest
 /// driver there is. The level comes first: the kernel takes these words in their order (parse_early_param),
@@ -51,23 +54,39 @@ const SILENT: &[&str] = &["loglevel=1", "earlycon=uart8250,io,0x3f8", "keep_boot
 /// With a serial port that somebody reads: a console on it.
 const CONSOLE: &[&str] = &["console=ttyS0", "8250.nr_uarts=1"];
 
-/// Puts the command line together. `serial` says whether somebody reads the serial port, `maxcpus` how many of the
-/// CPUs come up where not all do, `extra` comes last and so has the last word; `max_bytes` counts the NUL.
+/// What the command line depends on.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Line<'a> {
+    /// Whether somebody reads the serial port.
+    pub serial: bool,
+    /// Whether memory may be plugged while the guest runs.
+    pub pluggable: bool,
+    /// Whether there is memory above 4 GiB when the guest starts.
+    pub high: bool,
+    /// How many CPUs come up at boot, where the machine has more.
+    pub maxcpus: Option<u8>,
+    /// Kernel parameters of the configuration: they come last and so have the last word.
+    pub extra: &'a str,
+}
+
+/// Puts the command line together; `max_bytes` counts the NUL.
 ///
 /// # Errors
 /// It is too long for the kernel.
-pub(super) fn assemble(
-    serial: bool,
-    maxcpus: Option<u8>,
-    extra: &str,
-    max_bytes: usize,
-) -> Result<CString, BootError> {
-    let console = if serial { CONSOLE } else { SILENT };
-    let maxcpus = maxcpus.map(|cpus| format!("maxcpus={cpus}"));
-    let mut words: Vec<&str> = ALWAYS.iter().chain(console).copied().collect();
+pub(super) fn assemble(line: &Line<'_>, max_bytes: usize) -> Result<CString, BootError> {
+    let when = |given: bool, words: &'static [&'static str]| if given { words } else { &[] };
+    let console = if line.serial { CONSOLE } else { SILENT };
+    let maxcpus = line.maxcpus.map(|cpus| format!("maxcpus={cpus}"));
+    let mut words: Vec<&str> = [
+        ALWAYS,
+        when(line.high, HIGH),
+        when(line.pluggable, PLUGGABLE),
+        console,
+    ]
+    .concat();
     words.extend(maxcpus.as_deref());
-    if !extra.is_empty() {
-        words.push(extra);
+    if !line.extra.is_empty() {
+        words.push(line.extra);
     }
     let line = words.join(" ");
     let bytes = line.len() + 1;
@@ -90,47 +109,72 @@ mod tests {
     use crate::layout;
     use capsid_protocol::machine::CMDLINE_MAX_BYTES;
 
-    #[test]
-    fn what_the_configuration_adds_comes_last() {
-        let line = assemble(false, None, "init=/x loglevel=7", 2048).unwrap();
-        assert!(line.to_str().unwrap().ends_with(" init=/x loglevel=7"));
+    const MAX: usize = layout::CMDLINE_BYTES as usize;
+
+    fn words(line: &Line<'_>) -> Vec<String> {
+        let line = assemble(line, MAX).unwrap();
+        let words = line.to_str().unwrap().split(' ');
+        words.map(str::to_owned).collect()
     }
 
     #[test]
-    fn a_console_is_named_only_when_somebody_reads_it() {
-        let silent = assemble(false, None, "", 2048).unwrap();
-        assert!(!silent.to_str().unwrap().contains("console=ttyS0"));
-        let loud = assemble(true, None, "", 2048).unwrap();
-        assert!(loud.to_str().unwrap().contains("console=ttyS0"));
+    fn what_the_configuration_adds_comes_last() {
+        let line = words(&Line {
+            maxcpus: Some(3),
+            extra: "init=/x loglevel=7",
+            ..Line::default()
+        });
+        assert!(line.ends_with(&["maxcpus=3", "init=/x", "loglevel=7"].map(str::to_owned)));
+    }
+
+    #[test]
+    fn each_word_is_there_only_where_it_is_needed() {
+        let (none, all) = (
+            Line::default(),
+            Line {
+                serial: true,
+                pluggable: true,
+                high: true,
+                maxcpus: Some(3),
+                extra: "",
+            },
+        );
+        let (none, all) = (words(&none), words(&all));
+        for word in [
+            "console=ttyS0",
+            "memhp_default_state=online",
+            "swiotlb=noforce",
+            "maxcpus=3",
+        ] {
+            assert!(all.iter().any(|other| other == word), "{word}");
+            assert!(!none.iter().any(|other| other == word), "{word}");
+        }
     }
 
     #[test]
     fn the_log_is_silenced_before_the_early_console_is_there_to_print_it() {
-        let line = assemble(false, None, "", 2048).unwrap();
-        let line = line.to_str().unwrap();
-        let level = line.find("loglevel=1").unwrap();
-        assert!(level < line.find("earlycon=").unwrap());
-    }
-
-    #[test]
-    fn the_number_of_cpus_is_told_only_where_some_wait() {
-        let all = assemble(false, None, "", 2048).unwrap();
-        assert!(!all.to_str().unwrap().contains("maxcpus"));
-        let some = assemble(false, Some(3), "quiet", 2048).unwrap();
-        assert!(some.to_str().unwrap().ends_with(" maxcpus=3 quiet"));
+        let line = words(&Line::default());
+        let place = |start| line.iter().position(|word| word.starts_with(start));
+        assert!(place("loglevel=1").unwrap() < place("earlycon=").unwrap());
     }
 
     #[test]
     fn the_longest_extra_line_of_a_configuration_always_fits() {
         let extra = "x".repeat(CMDLINE_MAX_BYTES);
         for serial in [false, true] {
-            assemble(serial, Some(32), &extra, layout::CMDLINE_BYTES as usize).unwrap();
+            words(&Line {
+                serial,
+                pluggable: true,
+                high: true,
+                maxcpus: Some(32),
+                extra: &extra,
+            });
         }
     }
 
     #[test]
     fn a_line_too_long_for_the_kernel_is_refused_with_both_lengths() {
-        let error = assemble(false, None, "x", 16).unwrap_err().to_string();
+        let error = assemble(&Line::default(), 16).unwrap_err().to_string();
         assert!(error.contains("at most 16 fit"), "{error}");
     }
 }

@@ -12,10 +12,11 @@ mod pvh;
 #[cfg(test)]
 pub(crate) mod testing;
 
+pub use cmdline::Line;
 pub use error::BootError;
 
 use crate::layout;
-use crate::memory::{self, PAGE_BYTES};
+use crate::memory::{self, HUGE_PAGE_BYTES, PAGE_BYTES};
 use capsid_devices::memory::{self as guest, GuestMemory};
 use capsid_protocol::machine::MemoryMib;
 use image::{FileImage, Image};
@@ -44,12 +45,8 @@ pub struct Guest<'a> {
     pub kernel: &'a File,
     /// Taken as it is.
     pub initramfs: Option<&'a File>,
-    /// Kernel parameters of the configuration.
-    pub cmdline: &'a str,
-    /// Whether somebody reads the serial port.
-    pub serial: bool,
-    /// How many CPUs come up at boot, where the machine has more.
-    pub maxcpus: Option<u8>,
+    /// What the kernel is told.
+    pub line: Line<'a>,
 }
 
 /// Loads kernel, initramfs and what the kernel is told into guest memory.
@@ -98,14 +95,9 @@ fn load_pvh(
 ) -> Result<Entry, BootError> {
     let room = room(size);
     let kernel = elf::parse(image, &room)?;
-    let line = cmdline::assemble(
-        guest.serial,
-        guest.maxcpus,
-        guest.cmdline,
-        layout::CMDLINE_BYTES as usize,
-    )?;
+    let line = cmdline::assemble(&guest.line, layout::CMDLINE_BYTES as usize)?;
     for segment in &kernel.segments {
-        load_segment(memory, guest.kernel, segment)?;
+        load_segment(memory, guest.kernel, segment, kernel.entry)?;
     }
     let initramfs = load_initramfs(memory, guest.initramfs, kernel.end..room.end)?;
     let map = layout::memory_map(size.bytes());
@@ -140,7 +132,7 @@ fn load_bzimage(
     let kernel = bzimage::parse(image, &room)?;
     let cmdline_max =
         (kernel.cmdline_max_bytes.saturating_add(1)).min(layout::CMDLINE_BYTES as usize);
-    let line = cmdline::assemble(guest.serial, guest.maxcpus, guest.cmdline, cmdline_max)?;
+    let line = cmdline::assemble(&guest.line, cmdline_max)?;
     copy(
         memory,
         guest.kernel,
@@ -206,33 +198,45 @@ fn load_initramfs(
 }
 
 /// Maps the whole pages of a segment and reads the rest. Reading all of a kernel costs the copy and a page of
-/// memory for each page of it, needed or not: a third of the time to the guest's first instruction. What the kernel writes to is
-/// read all the same: nearly each page of it becomes the guest's own, by two exits for each that is mapped.
+/// memory for each page of it, needed or not: a third of the time to the guest's first instruction. Read all the same is what the
+/// kernel writes to, since nearly each page of it becomes the guest's own by two exits for each that is mapped, and [`read_first`].
 fn load_segment(
     memory: &GuestMemory,
     kernel: &File,
     segment: &elf::Segment,
+    entry: u64,
 ) -> Result<(), BootError> {
     let (offset, place) = (segment.file_offset, segment.guest.start);
     let on_pages = offset % PAGE_BYTES == 0 && place % PAGE_BYTES == 0;
-    let mapped = if on_pages && !segment.writable {
-        segment.file_bytes & !(PAGE_BYTES - 1)
+    let first = if on_pages && !segment.writable {
+        read_first(segment, entry)
     } else {
-        0
+        segment.file_bytes
     };
+    let mapped = (segment.file_bytes - first) & !(PAGE_BYTES - 1);
     if mapped > 0 {
-        memory::map_file(memory, place, kernel, offset, mapped)
+        memory::map_file(memory, place + first, kernel, offset + first, mapped)
             .map_err(|cause| BootError::Read("kernel", cause.into()))?;
     }
-    let rest = segment.file_bytes - mapped;
-    copy(
-        memory,
-        kernel,
-        "kernel",
-        offset + mapped,
-        rest,
-        place + mapped,
-    )
+    let behind = first + mapped;
+    for part in [0..first, behind..segment.file_bytes] {
+        let bytes = part.end - part.start;
+        let (offset, place) = (offset + part.start, place + part.start);
+        copy(memory, kernel, "kernel", offset, bytes, place)?;
+    }
+    Ok(())
+}
+
+/// How many bytes at the start of a segment that could be mapped are read all the same, into a huge page: those up to the end of the
+/// entry's. There Linux has its entry code, interrupts, memory management and scheduler; before its first process it touches half of
+/// these pages and patches a quarter, which is 562 exits (docs/decisions/0020).
+fn read_first(segment: &elf::Segment, entry: u64) -> u64 {
+    let start = segment.guest.start;
+    if !segment.guest.contains(&entry) {
+        return 0;
+    }
+    let end = (entry | (HUGE_PAGE_BYTES - 1)).saturating_add(1);
+    (end - start).min(segment.file_bytes)
 }
 
 /// Reads a part of a file straight into guest memory.
@@ -294,9 +298,10 @@ mod tests {
         let guest = Guest {
             kernel: &kernel,
             initramfs: initramfs.as_ref(),
-            cmdline: "panic=7",
-            serial: false,
-            maxcpus: None,
+            line: Line {
+                extra: "panic=7",
+                ..Line::default()
+            },
         };
         load(&memory, mib(64), &guest).map(|entry| (memory, entry))
     }
@@ -334,6 +339,50 @@ mod tests {
     }
 
     #[test]
+    fn the_huge_page_of_the_entry_is_read_and_what_is_behind_it_mapped() {
+        let segment = |guest: Range<u64>| elf::Segment {
+            index: 0,
+            file_offset: 4096,
+            file_bytes: guest.end - guest.start,
+            guest,
+            writable: false,
+        };
+        const MIB: u64 = 1 << 20;
+        let text = segment(16 * MIB..28 * MIB);
+        assert_eq!(read_first(&text, 16 * MIB + 0x123), 2 * MIB);
+        assert_eq!(read_first(&text, 21 * MIB), 6 * MIB);
+        assert_eq!(read_first(&text, 28 * MIB), 0, "in another segment");
+        assert_eq!(read_first(&segment(17 * MIB..40 * MIB), 17 * MIB), MIB);
+        assert_eq!(read_first(&segment(16 * MIB..17 * MIB), 16 * MIB), MIB);
+    }
+
+    #[test]
+    fn a_segment_is_in_memory_whole_whatever_of_it_is_mapped() {
+        let bytes: Vec<u8> = (0..5 << 20).map(|at| (at / 4096 + at) as u8).collect();
+        let kernel = file(&bytes);
+        let (start, offset) = (15 << 20, 4096);
+        for (writable, entry) in [(false, start), (false, 0), (true, start)] {
+            let memory = memory::map(mib(64), None).unwrap();
+            let file_bytes = bytes.len() as u64 - offset - 7;
+            let segment = elf::Segment {
+                index: 0,
+                file_offset: offset,
+                file_bytes,
+                guest: start..start + file_bytes,
+                writable,
+            };
+            load_segment(&memory, &kernel, &segment, entry).unwrap();
+            let mut found = vec![0; file_bytes as usize];
+            memory.read_slice(&mut found, GuestAddress(start)).unwrap();
+            let offset = offset as usize;
+            assert!(
+                found == bytes[offset..bytes.len() - 7],
+                "{writable} {entry}"
+            );
+        }
+    }
+
+    #[test]
     fn what_is_no_kernel_is_named_by_its_first_bytes() {
         assert_eq!(refused(b"", None), "the kernel is empty");
         let error = refused(b"#!/bin/sh\n", None);
@@ -350,9 +399,7 @@ mod tests {
         let guest = Guest {
             kernel: &directory,
             initramfs: None,
-            cmdline: "",
-            serial: false,
-            maxcpus: None,
+            line: Line::default(),
         };
         let error = load(&memory, mib(64), &guest).unwrap_err();
         let cause = std::error::Error::source(&error).unwrap().to_string();

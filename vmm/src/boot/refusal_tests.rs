@@ -39,9 +39,7 @@ fn tried(kernel: &File, initramfs: Option<&File>) -> Result<Entry, BootError> {
     let guest = Guest {
         kernel,
         initramfs,
-        cmdline: "",
-        serial: false,
-        maxcpus: None,
+        line: Line::default(),
     };
     let before = worked();
     let loaded = load(&memory, size, &guest);
