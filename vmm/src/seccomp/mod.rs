@@ -8,13 +8,23 @@ mod rules;
 use capsid_devices::blk::DISK_SYSCALLS;
 use capsid_devices::fs::FS_SYSCALLS;
 use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-    SeccompRule, TargetArch,
+    BackendError, BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition,
+    SeccompFilter, SeccompRule, TargetArch, sock_filter,
 };
 use std::collections::BTreeMap;
 use vmm_sys_util::signal::SIGRTMIN;
 
 type Calls = BTreeMap<i64, Vec<SeccompRule>>;
+
+/// The most system calls that a filter compares one after the other.
+const LEAF_CALLS_MAX: usize = 4;
+/// Loads the word at this offset of `struct seccomp_data`; the number of the system call is at 0.
+const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
+const NUMBER_OFFSET: u32 = 0;
+/// Skips the next instruction where what was loaded is not less.
+const UNLESS_LESS: u16 = (libc::BPF_JMP | libc::BPF_JGE | libc::BPF_K) as u16;
+/// Skips so many instructions.
+const SKIP: u16 = (libc::BPF_JMP | libc::BPF_JA) as u16;
 
 /// A compiled filter.
 pub struct Filter(BpfProgram);
@@ -37,7 +47,7 @@ pub enum ThreadKind {
 pub enum FilterError {
     /// The rules cannot be compiled; a defect.
     #[error("cannot compile the system call filter of {0:?} threads")]
-    Compile(ThreadKind, #[source] seccompiler::BackendError),
+    Compile(ThreadKind, #[source] BackendError),
     /// The kernel refused.
     #[error("cannot put on a system call filter; a kernel with CONFIG_SECCOMP_FILTER is needed")]
     Apply(#[source] seccompiler::Error),
@@ -73,19 +83,36 @@ enum Test {
 /// # Errors
 /// A rule makes no sense.
 pub fn compile(kind: ThreadKind) -> Result<Filter, FilterError> {
-    compile_with(kind, SeccompAction::KillProcess)
+    compile_with(kind, &SeccompAction::KillProcess)
 }
 
-fn compile_with(kind: ThreadKind, otherwise: SeccompAction) -> Result<Filter, FilterError> {
+fn compile_with(kind: ThreadKind, otherwise: &SeccompAction) -> Result<Filter, FilterError> {
     let failed = |cause| FilterError::Compile(kind, cause);
-    let filter = SeccompFilter::new(
-        calls(kind).map_err(failed)?,
-        otherwise,
-        SeccompAction::Allow,
-        TargetArch::x86_64,
-    );
-    let program = filter.and_then(BpfProgram::try_from).map_err(failed)?;
-    Ok(Filter(program))
+    let program = calls(kind).and_then(|calls| search(calls, otherwise));
+    Ok(Filter(program.map_err(failed)?))
+}
+
+/// A program that finds the system call by halves: each leaf is a whole filter, which refuses all but its own calls. Linux runs a
+/// filter for each of its 460 numbers when it is put on, to know those that are always allowed; one by one that is a millisecond.
+fn search(mut calls: Calls, otherwise: &SeccompAction) -> Result<BpfProgram, BackendError> {
+    let middle = calls.keys().nth(calls.len() / 2).copied();
+    let Some(middle) = middle.filter(|_| calls.len() > LEAF_CALLS_MAX) else {
+        let allow = SeccompAction::Allow;
+        let filter = SeccompFilter::new(calls, otherwise.clone(), allow, TargetArch::x86_64)?;
+        return BpfProgram::try_from(filter);
+    };
+    let from_middle = search(calls.split_off(&middle), otherwise)?;
+    let below = search(calls, otherwise)?;
+    let instruction = |code, jt, k| sock_filter { code, jt, jf: 0, k };
+    // The numbers are those of system calls and the lengths those of programs, which Linux bounds by 4096.
+    let mut program = vec![
+        instruction(LOAD, 0, NUMBER_OFFSET),
+        instruction(UNLESS_LESS, 1, middle as u32),
+        instruction(SKIP, 0, from_middle.len() as u32),
+    ];
+    program.extend(from_middle);
+    program.extend(below);
+    Ok(program)
 }
 
 /// The rules of one kind of thread, and the calls that it may make with any argument but where a rule says otherwise.
@@ -101,7 +128,7 @@ fn rules(kind: ThreadKind) -> (impl Iterator<Item = &'static Rule>, &'static [i6
 }
 
 /// All that one kind of thread may call, each with its alternatives; none means always.
-fn calls(kind: ThreadKind) -> Result<Calls, seccompiler::BackendError> {
+fn calls(kind: ThreadKind) -> Result<Calls, BackendError> {
     let (rules, more) = rules(kind);
     let mut calls = Calls::new();
     for rule in rules {
@@ -117,7 +144,7 @@ fn calls(kind: ThreadKind) -> Result<Calls, seccompiler::BackendError> {
     Ok(calls)
 }
 
-fn condition(when: &When) -> Result<SeccompCondition, seccompiler::BackendError> {
+fn condition(when: &When) -> Result<SeccompCondition, BackendError> {
     let (operator, value) = match when.test {
         Test::Is(value) => (SeccompCmpOp::Eq, value),
         Test::IsApartFrom(value, bits) => (SeccompCmpOp::MaskedEq(u64::from(!bits)), value),
@@ -155,6 +182,58 @@ mod tests {
             let filter = compile(kind).unwrap();
             assert!(filter.0.len() > 50, "{kind:?}");
             assert!(filter.0.len() < 1000, "{kind:?}");
+        }
+    }
+
+    /// What a program says of a system call without arguments: as Linux would run it, bounded by its length.
+    fn verdict(program: &[sock_filter], arch: u32, number: u32) -> u32 {
+        let (mut at, mut loaded) = (0, 0);
+        for _ in 0..program.len() {
+            let sock_filter { code, jt, jf, k } = program[at];
+            let branch = |taken: bool| usize::from(if taken { jt } else { jf });
+            at += 1 + match code {
+                LOAD => {
+                    loaded = *[number, arch].get(k as usize / 4).unwrap_or(&0);
+                    0
+                }
+                SKIP => k as usize,
+                UNLESS_LESS => branch(loaded >= k),
+                // BPF_JMP | BPF_JEQ and BPF_ALU | BPF_AND, by a constant
+                0x15 => branch(loaded == k),
+                0x54 => {
+                    loaded &= k;
+                    0
+                }
+                // BPF_RET
+                0x06 => return k,
+                other => panic!("instruction {other:#x}"),
+            };
+        }
+        panic!("no verdict")
+    }
+
+    #[test]
+    fn the_search_says_of_each_call_what_the_rules_say_one_by_one() {
+        for kind in [Main, Vcpu, FileSystem, Disk] {
+            let kill = SeccompAction::KillProcess;
+            let calls = calls(kind).unwrap();
+            let plain = SeccompFilter::new(
+                calls.clone(),
+                kill.clone(),
+                SeccompAction::Allow,
+                TargetArch::x86_64,
+            );
+            let plain = BpfProgram::try_from(plain.unwrap()).unwrap();
+            let program = search(calls, &kill).unwrap();
+            for arch in [0xc000_003e, 0x4000_0003] {
+                for number in (0..600).chain([1 << 30, (1 << 30) + 16, u32::MAX]) {
+                    assert_eq!(
+                        verdict(&program, arch, number),
+                        verdict(&plain, arch, number),
+                        "{kind:?} {arch:#x} {number}"
+                    );
+                }
+            }
         }
     }
 
@@ -244,7 +323,7 @@ mod tests {
         const REFUSED: Errno = Errno::UCLEAN;
         for kind in [Main, Vcpu, FileSystem, Disk] {
             let refusal = SeccompAction::Errno(REFUSED.raw_os_error() as u32);
-            let filter = compile_with(kind, refusal).unwrap();
+            let filter = compile_with(kind, &refusal).unwrap();
             let acts = || FORBIDDEN.into_iter().chain([OPEN]);
             let confined = std::thread::spawn(move || {
                 confine(&filter).unwrap();
