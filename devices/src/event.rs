@@ -2,7 +2,8 @@
 //! is called with the token of the one that is ready.
 //!
 //! The loop is level-triggered. A subscriber must take away the reason of each event or change its interest,
-//! so that the loop never spins on what the guest does or leaves undone.
+//! so that the loop never spins on what the guest does or leaves undone. Kicks alone are edge-triggered: they only count, and to take
+//! the count away would be a system call for each notification of a driver.
 //!
 //! [`Poller`] is the one implementation: the VMM runs it on its event-loop thread, the tests turn it by hand.
 
@@ -20,6 +21,24 @@ pub struct Interest {
     pub readable: bool,
     /// Ready when a write would not block.
     pub writable: bool,
+    /// Told of each time it becomes ready, and not again while it stays so.
+    pub edge: bool,
+}
+
+impl Interest {
+    /// An fd to be read.
+    pub const READ: Interest = Interest {
+        readable: true,
+        writable: false,
+        edge: false,
+    };
+    /// The eventfd of a driver's notifications, which nobody reads: each `write` to it is an event, the first watch of one that was
+    /// written before as well.
+    pub const KICK: Interest = Interest {
+        readable: true,
+        writable: false,
+        edge: true,
+    };
 }
 
 /// What an fd is ready for.

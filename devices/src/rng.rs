@@ -39,15 +39,13 @@ counters! {
 pub struct Rng {
     counters: Arc<RngCounters>,
     event_loop: Arc<dyn EventLoop>,
-    /// What the loop calls between activation and reset.
-    active: Option<Arc<Mutex<Server>>>,
+    /// What the loop calls between activation and reset, and for what.
+    active: Option<(Arc<Mutex<Server>>, Arc<EventFd>)>,
 }
 
 struct Server {
     counters: Arc<RngCounters>,
     memory: GuestMemory,
-    /// Gone after a reset: an event that is being delivered then may be of the next activation.
-    kick: Option<Arc<EventFd>>,
     interrupt: Arc<dyn Interrupt>,
     /// Gone after a reset and after the driver broke it.
     queue: Option<ActiveQueue>,
@@ -67,12 +65,10 @@ impl Rng {
 impl Rng {
     /// Takes its queue away.
     fn stop(&mut self) -> Option<ActiveQueue> {
-        let server = self.active.take()?;
+        let (server, kick) = self.active.take()?;
+        self.event_loop.forget(kick.as_raw_fd());
         // Waits for a kick that is being served; after it nothing touches guest memory.
         let mut server = server.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(kick) = server.kick.take() {
-            self.event_loop.forget(kick.as_raw_fd());
-        }
         server.queue.take()
     }
 }
@@ -101,25 +97,20 @@ impl VirtioDevice for Rng {
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
         let queue = activation.queues.into_iter().next().flatten();
         let queue = queue.ok_or(DeviceError::QueueMissing(0))?;
-        let kick = queue.kick.as_raw_fd();
+        let kick = Arc::clone(&queue.kick);
         let server = Arc::new(Mutex::new(Server {
             counters: self.counters.clone(),
             memory: activation.memory,
-            kick: Some(Arc::clone(&queue.kick)),
             interrupt: activation.interrupt,
             queue: Some(queue),
         }));
-        let interest = Interest {
-            readable: true,
-            writable: false,
-        };
         self.event_loop
-            .watch(kick, interest, 0, server.clone())
+            .watch(kick.as_raw_fd(), Interest::KICK, 0, server.clone())
             .map_err(|cause| DeviceError::Io {
                 what: "watch the kicks of the entropy queue",
                 cause,
             })?;
-        self.active = Some(server);
+        self.active = Some((server, kick));
         Ok(())
     }
 
@@ -135,11 +126,6 @@ impl VirtioDevice for Rng {
 
 impl Subscriber for Server {
     fn ready(&mut self, _token: u64, _readiness: Readiness) {
-        // Takes the event away, also of a broken queue, or the loop would spin on it (B2.11). An empty counter
-        // means that another turn has taken it.
-        if let Some(kick) = &self.kick {
-            let _ = kick.read();
-        }
         let Some(queue) = &mut self.queue else {
             return;
         };

@@ -310,6 +310,7 @@ fn interest(stage: &Stage) -> Interest {
         // One request at a time: the next waits in the socket.
         readable: matches!(stage, Stage::Listening),
         writable: matches!(stage, Stage::Replying(..)),
+        edge: false,
     }
 }
 

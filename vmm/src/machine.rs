@@ -17,6 +17,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -26,11 +27,6 @@ pub const STOP_GRACE_MS: u64 = 10_000;
 const DRAIN_TURNS_MAX: usize = 1024;
 /// How long a slow reader of the serial port may hold up the end, in ms.
 const SERIAL_FLUSH_TIMEOUT_MS: u64 = 100;
-
-const READ: Interest = Interest {
-    readable: true,
-    writable: false,
-};
 
 /// How the guest is asked to power itself off.
 pub trait PowerOff {
@@ -115,11 +111,14 @@ impl Machine {
     }
 
     fn wait(&mut self) -> io::Result<End> {
-        let wake: Arc<Mutex<dyn Subscriber>> = Arc::new(Mutex::new(Wake));
+        let wake = Arc::new(Mutex::new(Wake));
         self.poller
-            .watch(self.ends.as_raw_fd(), READ, 0, Arc::clone(&wake))?;
+            .watch(self.ends.as_raw_fd(), Interest::READ, 0, wake)?;
+        let signalled = Arc::new(AtomicBool::new(false));
+        let signals = self.signals.0.as_raw_fd();
+        let told_of_signals = Arc::new(Mutex::new(Signalled(signalled.clone())));
         self.poller
-            .watch(self.signals.0.as_raw_fd(), READ, 0, wake)?;
+            .watch(signals, Interest::READ, 0, told_of_signals)?;
         self.vcpus.release();
         // The signal that told us to stop, and when the guest's grace is over.
         let mut told: Option<(&str, Instant)> = None;
@@ -128,7 +127,12 @@ impl Machine {
             if let Some(end) = self.ends.get() {
                 return Ok(as_told(end, told.map(|(signal, _)| signal)));
             }
-            if let Some(signal) = self.signals.take()? {
+            // Not read on every turn: that would be a system call for each event of a device.
+            let signal = match signalled.swap(false, Ordering::Relaxed) {
+                true => self.signals.take()?,
+                false => None,
+            };
+            if let Some(signal) = signal {
                 let stopped =
                     |how: &str| Ok(End::new(VmmExit::Stopped, format!("{signal}, {how}")));
                 if told.is_some() {
@@ -202,6 +206,15 @@ struct Wake;
 
 impl Subscriber for Wake {
     fn ready(&mut self, _token: u64, _readiness: Readiness) {}
+}
+
+/// Tells the loop that there is a signal to be read.
+struct Signalled(Arc<AtomicBool>);
+
+impl Subscriber for Signalled {
+    fn ready(&mut self, _token: u64, _readiness: Readiness) {
+        self.0.store(true, Ordering::Relaxed);
+    }
 }
 
 /// SIGTERM and SIGINT, as an fd.

@@ -34,11 +34,6 @@ use std::sync::{Arc, Mutex};
 /// Most messages taken in one turn of the loop, so that a busy owner does not hold up the guest.
 const MESSAGES_PER_TURN: usize = 16;
 
-const READ: Interest = Interest {
-    readable: true,
-    writable: false,
-};
-
 /// Why the channel cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ChannelError {
@@ -129,7 +124,7 @@ impl OwnerChannel {
             ends,
         }));
         event_loop
-            .watch(socket.as_raw_fd(), READ, 0, listener)
+            .watch(socket.as_raw_fd(), Interest::READ, 0, listener)
             .map_err(ChannelError::Watch)?;
         let channel = OwnerChannel {
             socket,

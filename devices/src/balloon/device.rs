@@ -225,14 +225,10 @@ impl VirtioDevice for Balloon {
             watched: Vec::with_capacity(watched.len()),
             event_loop: self.event_loop.clone(),
         });
-        let interest = Interest {
-            readable: true,
-            writable: false,
-        };
         for (token, kick) in watched {
             let fd = kick.as_raw_fd();
             self.event_loop
-                .watch(fd, interest, token, active.server.clone())
+                .watch(fd, Interest::KICK, token, active.server.clone())
                 .map_err(|cause| DeviceError::Io {
                     what: "watch the queues of the balloon",
                     cause,

@@ -100,9 +100,6 @@ impl Subscriber for Server {
         let Some(served) = served.and_then(|token| self.served.get_mut(token)) else {
             return;
         };
-        // Takes the event away, also of a broken queue, or the loop would spin on it (B2.11). An empty counter
-        // means that another turn has taken it.
-        let _ = served.kick.read();
         let Some(queue) = &mut served.queue else {
             return;
         };

@@ -225,13 +225,14 @@ impl VirtioDevice for Disk {
             io: self.io.clone(),
             event_loop: self.event_loop.clone(),
         });
-        let interest = Interest {
-            readable: true,
-            writable: false,
-        };
         for (index, kick) in kicks {
             self.event_loop
-                .watch(kick.as_raw_fd(), interest, index, active.server.clone())
+                .watch(
+                    kick.as_raw_fd(),
+                    Interest::KICK,
+                    index,
+                    active.server.clone(),
+                )
                 .map_err(|cause| DeviceError::Io {
                     what: "watch the kicks of a disk",
                     cause,

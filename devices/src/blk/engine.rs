@@ -70,6 +70,16 @@ struct Flight {
     vectors: Vectors,
 }
 
+impl Flight {
+    fn done(self, completion: &Completion) -> Done {
+        Done {
+            request: self.request,
+            result: completion.result,
+            vectors: self.vectors,
+        }
+    }
+}
+
 struct Attached {
     /// Where calls are made by threads. A ring has its files to itself: the process keeps no descriptor of them, by which another
     /// of its threads could reach a disk.
@@ -84,6 +94,8 @@ struct Table {
     flights: Vec<Option<Flight>>,
     free: Vec<usize>,
     disks: Vec<Option<Attached>>,
+    /// Completions that one disk found and that are another's.
+    late: Vec<Completion>,
     /// Kicks of queues that found no room, by their disks.
     stalled: Vec<(u8, Arc<EventFd>)>,
 }
@@ -124,6 +136,26 @@ impl Table {
             *count -= 1;
         }
         Some(flight)
+    }
+
+    /// Whether a call is one of this disk.
+    fn is_of(&self, ticket: u64, disk: u8) -> bool {
+        let place = usize::try_from(ticket).ok();
+        let flight = place.and_then(|place| self.flights.get(place)?.as_ref());
+        flight.is_some_and(|flight| flight.disk == disk)
+    }
+
+    /// Kicks the queues for which there is room again.
+    fn wake_stalled(&mut self) {
+        let stalled = std::mem::take(&mut self.stalled);
+        for (disk, kick) in stalled {
+            if self.has_room(disk) {
+                // Fails only when the counter is full, and then the fd is readable anyway.
+                let _ = kick.write(1);
+            } else {
+                self.stalled.push((disk, kick));
+            }
+        }
     }
 }
 
@@ -170,12 +202,8 @@ impl DiskIo {
             left: AtomicBool::new(false),
             on_fault: OnceLock::new(),
         });
-        let interest = Interest {
-            readable: true,
-            writable: false,
-        };
         let results = Arc::new(Mutex::new(Results(engine.clone())));
-        event_loop.watch(engine.event.as_raw_fd(), interest, 0, results)?;
+        event_loop.watch(engine.event.as_raw_fd(), Interest::KICK, 0, results)?;
         Ok(engine)
     }
 
@@ -365,39 +393,63 @@ impl DiskIo {
     pub(super) fn flush(&self) {
         if let Backend::Ring(ring) = &self.backend {
             if ring.flush().is_err() {
-                // The kernel has no memory for them now; the loop comes back to it. Here as below this fails only when the
-                // counter is full, and then the fd is readable anyway.
-                let _ = self.event.write(1);
+                // The kernel has no memory for them now.
+                self.come_back();
             }
         }
     }
 
-    /// Hands out results, at most [`RESULTS_MAX`]; whatever else there is keeps the event up.
-    fn harvest(&self) {
-        // An empty counter means that another turn has taken it.
-        let _ = self.event.read();
+    /// Does the same for `disk`, and returns the results of those of its calls that the kernel made at once, as it does what is in the
+    /// page cache: the event and a turn of the loop are spared.
+    pub(super) fn flush_and_take(&self, disk: u8) -> Vec<Done> {
+        let Backend::Ring(ring) = &self.backend else {
+            return Vec::new();
+        };
+        if ring.flush_silently().is_err() {
+            self.come_back();
+        }
         let mut completions = Vec::new();
+        ring.take(&mut completions, RESULTS_MAX);
+        if completions.is_empty() {
+            return Vec::new();
+        }
+        let mut table = self.lock();
+        let (own, late): (Vec<Completion>, Vec<_>) = completions
+            .iter()
+            .partition(|completion| table.is_of(completion.ticket, disk));
+        table.late.extend(late);
+        if completions.len() == RESULTS_MAX || !table.late.is_empty() {
+            self.come_back();
+        }
+        let ended = own.iter().filter_map(|completion: &Completion| {
+            Some(table.end(completion.ticket)?.done(completion))
+        });
+        let done = ended.collect();
+        table.wake_stalled();
+        done
+    }
+
+    /// The loop comes back to the results.
+    fn come_back(&self) {
+        // Fails only when the counter is full, which nobody lives to see.
+        let _ = self.event.write(1);
+    }
+
+    /// Hands out results, at most [`RESULTS_MAX`] of the kernel's; for whatever else there is the loop comes back.
+    fn harvest(&self) {
+        let mut completions = std::mem::take(&mut self.lock().late);
+        let late = completions.len();
         match &self.backend {
             Backend::Ring(ring) => ring.take(&mut completions, RESULTS_MAX),
             Backend::Workers(workers) => workers.take(&mut completions, RESULTS_MAX),
         }
-        if completions.len() == RESULTS_MAX {
-            let _ = self.event.write(1);
+        if completions.len() - late == RESULTS_MAX {
+            self.come_back();
         }
         for (client, done) in self.sort(&completions) {
             client.done(done);
         }
-        let mut table = self.lock();
-        let stalled = std::mem::take(&mut table.stalled);
-        for (disk, kick) in stalled {
-            if table.has_room(disk) {
-                // Fails only when the counter is full, and then the fd is readable anyway.
-                let _ = kick.write(1);
-            } else {
-                table.stalled.push((disk, kick));
-            }
-        }
-        drop(table);
+        self.lock().wake_stalled();
         self.flush();
     }
 
@@ -411,11 +463,7 @@ impl DiskIo {
                 continue;
             };
             if let Some(done) = by_disk.get_mut(usize::from(flight.disk)) {
-                done.push(Done {
-                    request: flight.request,
-                    result: completion.result,
-                    vectors: flight.vectors,
-                });
+                done.push(flight.done(completion));
             }
         }
         let attached = table.disks.iter().zip(by_disk);

@@ -106,6 +106,21 @@ impl Ring {
         submit(&ring)
     }
 
+    /// The same, but for what is completed before this returns the event is not signalled: whoever calls takes it.
+    ///
+    /// # Errors
+    /// As [`Ring::flush`].
+    pub(super) fn flush_silently(&self) -> io::Result<()> {
+        let mut ring = self.lock();
+        if ring.submission().is_empty() {
+            return Ok(());
+        }
+        ring.completion().disable_eventfd();
+        let submitted = submit(&ring);
+        ring.completion().enable_eventfd();
+        submitted
+    }
+
     /// Takes up to `max` completions.
     pub(super) fn take(&self, into: &mut Vec<Completion>, max: usize) {
         let mut ring = self.lock();

@@ -347,6 +347,26 @@ impl Server {
         }
     }
 
+    /// Takes results and interrupts the driver for the answers.
+    fn answer_all(&mut self, done: Vec<Done>) {
+        let answered: BTreeSet<usize> = done
+            .into_iter()
+            .filter_map(|done| self.done(done))
+            .collect();
+        for index in answered {
+            if self.told(index, true).is_err() {
+                self.broke(index);
+            }
+        }
+        if self.is_idle() {
+            self.idle.notify_all();
+            if let Some(held) = &self.held {
+                // Fails only when the counter is full, and then the fd is readable anyway.
+                let _ = held.write(1);
+            }
+        }
+    }
+
     fn broke(&mut self, index: usize) {
         if let Some(lane) = self.lanes.get_mut(index) {
             *lane = None;
@@ -359,14 +379,15 @@ impl Subscriber for Server {
     /// `token` is the number of the queue that was kicked.
     fn ready(&mut self, token: u64, _readiness: Readiness) {
         let index = token as usize;
-        if let Some(Some(kick)) = self.kicks.get(index) {
-            // Takes the event away, or the loop would spin on it (B2.11). An empty counter: another turn has taken it.
-            let _ = kick.read();
-        }
         if self.serve(index).is_err() {
             self.broke(index);
         }
-        self.io.flush();
+        let done = self.io.flush_and_take(self.number);
+        if !done.is_empty() {
+            self.answer_all(done);
+            // Some may go on.
+            self.io.flush();
+        }
     }
 }
 
@@ -375,23 +396,7 @@ pub(super) struct Results(pub(super) Arc<Mutex<Server>>);
 
 impl Client for Results {
     fn done(&self, done: Vec<Done>) {
-        let mut server = lock(&self.0);
-        let answered: BTreeSet<usize> = done
-            .into_iter()
-            .filter_map(|done| server.done(done))
-            .collect();
-        for index in answered {
-            if server.told(index, true).is_err() {
-                server.broke(index);
-            }
-        }
-        if server.is_idle() {
-            server.idle.notify_all();
-            if let Some(held) = &server.held {
-                // Fails only when the counter is full, and then the fd is readable anyway.
-                let _ = held.write(1);
-            }
-        }
+        lock(&self.0).answer_all(done);
     }
 }
 

@@ -142,6 +142,7 @@ fn event_set(interest: Interest) -> EventSet {
     let mut set = EventSet::empty();
     set.set(EventSet::IN, interest.readable);
     set.set(EventSet::OUT, interest.writable);
+    set.set(EventSet::EDGE_TRIGGERED, interest.edge);
     // Without interest in reading, a half-closed peer must not wake the loop again and again.
     set.set(EventSet::READ_HANG_UP, interest.readable);
     set
@@ -172,10 +173,6 @@ mod tests {
     use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
     const NOW: Option<Duration> = Some(Duration::ZERO);
-    const READ: Interest = Interest {
-        readable: true,
-        writable: false,
-    };
 
     #[derive(Default)]
     struct Seen(Vec<(u64, Readiness)>);
@@ -195,7 +192,9 @@ mod tests {
         let poller = Poller::new().unwrap();
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
         let seen = seen();
-        poller.watch(fd.as_raw_fd(), READ, 7, seen.clone()).unwrap();
+        poller
+            .watch(fd.as_raw_fd(), Interest::READ, 7, seen.clone())
+            .unwrap();
         assert_eq!(poller.turn(NOW).unwrap(), 0);
         fd.write(1).unwrap();
         assert_eq!(poller.turn(None).unwrap(), 1);
@@ -207,14 +206,43 @@ mod tests {
     }
 
     #[test]
+    fn a_kick_is_told_once_and_nothing_is_taken_away() {
+        let poller = Poller::new().unwrap();
+        let kick = EventFd::new(EFD_NONBLOCK).unwrap();
+        // The kick of a driver that was faster than the watch.
+        kick.write(1).unwrap();
+        let (old, new) = (seen(), seen());
+        let fd = kick.as_raw_fd();
+        poller.watch(fd, Interest::KICK, 1, old.clone()).unwrap();
+        assert_eq!(poller.turn(NOW).unwrap(), 1);
+        assert_eq!(poller.turn(NOW).unwrap(), 0);
+        kick.write(1).unwrap();
+        kick.write(1).unwrap();
+        assert_eq!(poller.turn(NOW).unwrap(), 1);
+        assert_eq!(poller.turn(NOW).unwrap(), 0);
+        // Whoever watches it next does not know what was seen before.
+        poller.forget(fd);
+        poller.watch(fd, Interest::KICK, 2, new.clone()).unwrap();
+        assert_eq!(poller.turn(NOW).unwrap(), 1);
+        assert_eq!(
+            (old.lock().unwrap().0.len(), new.lock().unwrap().0.len()),
+            (2, 1)
+        );
+    }
+
+    #[test]
     fn a_forgotten_fd_calls_nobody_even_when_its_number_is_used_again() {
         let poller = Poller::new().unwrap();
         let (old, new) = (seen(), seen());
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
         fd.write(1).unwrap();
-        poller.watch(fd.as_raw_fd(), READ, 1, old.clone()).unwrap();
+        poller
+            .watch(fd.as_raw_fd(), Interest::READ, 1, old.clone())
+            .unwrap();
         poller.forget(fd.as_raw_fd());
-        poller.watch(fd.as_raw_fd(), READ, 2, new.clone()).unwrap();
+        poller
+            .watch(fd.as_raw_fd(), Interest::READ, 2, new.clone())
+            .unwrap();
         poller.turn(NOW).unwrap();
         assert!(old.lock().unwrap().0.is_empty());
         assert_eq!(new.lock().unwrap().0.len(), 1);
@@ -227,11 +255,17 @@ mod tests {
     fn an_fd_is_watched_once_and_changed_only_while_watched() {
         let poller = Poller::new().unwrap();
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
-        assert!(poller.change(fd.as_raw_fd(), READ).is_err());
-        poller.watch(fd.as_raw_fd(), READ, 1, seen()).unwrap();
-        assert!(poller.watch(fd.as_raw_fd(), READ, 1, seen()).is_err());
+        assert!(poller.change(fd.as_raw_fd(), Interest::READ).is_err());
+        poller
+            .watch(fd.as_raw_fd(), Interest::READ, 1, seen())
+            .unwrap();
+        assert!(
+            poller
+                .watch(fd.as_raw_fd(), Interest::READ, 1, seen())
+                .is_err()
+        );
         poller.forget(fd.as_raw_fd());
-        assert!(poller.change(fd.as_raw_fd(), READ).is_err());
+        assert!(poller.change(fd.as_raw_fd(), Interest::READ).is_err());
     }
 
     #[test]
@@ -240,7 +274,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         let seen = seen();
         poller
-            .watch(ours.as_raw_fd(), READ, 1, seen.clone())
+            .watch(ours.as_raw_fd(), Interest::READ, 1, seen.clone())
             .unwrap();
         theirs.write_all(b"x").unwrap();
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
@@ -266,7 +300,9 @@ mod tests {
         let fd = EventFd::new(EFD_NONBLOCK).unwrap();
         fd.write(1).unwrap();
         let once = Arc::new(Mutex::new(Once(poller.clone(), fd.as_raw_fd())));
-        poller.watch(fd.as_raw_fd(), READ, 1, once).unwrap();
+        poller
+            .watch(fd.as_raw_fd(), Interest::READ, 1, once)
+            .unwrap();
         assert_eq!(poller.turn(NOW).unwrap(), 1);
         assert_eq!(poller.turn(NOW).unwrap(), 0);
     }

@@ -220,12 +220,8 @@ impl VirtioDevice for Mem {
             Arc::clone(&self.plugging),
             Arc::clone(&self.shared),
         )));
-        let interest = Interest {
-            readable: true,
-            writable: false,
-        };
         self.event_loop
-            .watch(kick, interest, 0, server.clone())
+            .watch(kick, Interest::KICK, 0, server.clone())
             .map_err(|cause| DeviceError::Io {
                 what: "watch the queue of the memory device",
                 cause,

@@ -10,7 +10,6 @@ use crate::virtio::device::Interrupt;
 use crate::virtio::queue::{ActiveQueue, Positions, positions};
 use std::io::{Read, Write};
 use std::sync::Arc;
-use vmm_sys_util::eventfd::EventFd;
 
 /// A live device.
 pub(super) struct Server {
@@ -18,8 +17,6 @@ pub(super) struct Server {
     interrupt: Arc<dyn Interrupt>,
     plugging: Arc<Plugging>,
     shared: Arc<Shared>,
-    /// Gone after a reset: an event that is being delivered then may be of the next activation.
-    kick: Option<Arc<EventFd>>,
     /// Gone after a reset and after the driver broke it.
     queue: Option<ActiveQueue>,
 }
@@ -37,7 +34,6 @@ impl Server {
             interrupt,
             plugging,
             shared,
-            kick: Some(Arc::clone(&queue.kick)),
             queue: Some(queue),
         }
     }
@@ -49,18 +45,12 @@ impl Server {
 
     /// Serves nothing any more.
     pub(super) fn stop(&mut self) {
-        self.kick = None;
         self.queue = None;
     }
 }
 
 impl Subscriber for Server {
     fn ready(&mut self, _token: u64, _readiness: Readiness) {
-        // Takes the event away, also of a broken queue, or the loop would spin on it (B2.11). An empty counter
-        // means that another turn has taken it.
-        if let Some(kick) = &self.kick {
-            let _ = kick.read();
-        }
         let Some(queue) = &mut self.queue else {
             return;
         };

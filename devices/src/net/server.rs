@@ -158,20 +158,20 @@ impl Server {
 
     /// What to watch, with tokens: kicks always, and taps for packets.
     pub(super) fn watched(&mut self) -> Vec<(RawFd, Interest, u64)> {
-        let readable = Interest {
-            readable: true,
-            writable: false,
-        };
         let kicks = self.kicks.iter().enumerate();
         let mut watched: Vec<_> = kicks
             .filter_map(|(queue, kick)| {
                 let fd = kick.as_ref()?.as_raw_fd();
-                Some((fd, readable, Source::Kick(queue).token()))
+                Some((fd, Interest::KICK, Source::Kick(queue).token()))
             })
             .collect();
         for (number, pair) in self.pairs.iter_mut().enumerate() {
-            pair.interest = readable;
-            watched.push((pair.tap.as_raw_fd(), readable, Source::Tap(number).token()));
+            pair.interest = Interest::READ;
+            watched.push((
+                pair.tap.as_raw_fd(),
+                Interest::READ,
+                Source::Tap(number).token(),
+            ));
         }
         watched
     }
@@ -328,10 +328,6 @@ impl Server {
 
     /// A kick: of a receive queue the driver has lent more, of the control queue it wants something.
     fn kicked(&mut self, queue: usize) {
-        if let Some(Some(kick)) = self.kicks.get(queue) {
-            // Takes the event away, or the loop would spin on it (B2.11). An empty counter: another turn has taken it.
-            let _ = kick.read();
-        }
         if self
             .control
             .as_ref()

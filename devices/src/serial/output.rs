@@ -86,6 +86,7 @@ impl Output {
             let interest = Interest {
                 readable: false,
                 writable: true,
+                edge: false,
             };
             let drain = Arc::clone(&self.drain);
             // A regular file cannot be watched, and need not be: it is always ready. If the watch fails all

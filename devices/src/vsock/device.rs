@@ -43,11 +43,6 @@ const TOKEN_RESUME: u64 = 4;
 /// Connections are numbered above.
 const LAST_TOKEN: u64 = 15;
 
-const READ: Interest = Interest {
-    readable: true,
-    writable: false,
-};
-
 /// Where a guest's connections to the host lead.
 pub trait HostSide: Send {
     /// The guest connects to `port` of the host. Returns the device's end of a stream socket, or `None` to
@@ -154,7 +149,7 @@ impl VsockDevice {
         };
         for (fd, token) in [(timer_fd, TOKEN_TIMER), (resume_fd, TOKEN_RESUME)] {
             watcher
-                .watch(fd, READ, token, device.core.clone())
+                .watch(fd, Interest::READ, token, device.core.clone())
                 .map_err(failed("watch the timer of the vsock device"))?;
         }
         Ok(device)
@@ -207,7 +202,7 @@ impl VirtioDevice for VsockDevice {
         for (token, fd) in queues.kicks() {
             let watched = core
                 .event_loop
-                .watch(fd, READ, token, self.core.clone())
+                .watch(fd, Interest::KICK, token, self.core.clone())
                 .map_err(|cause| DeviceError::Io {
                     what: "watch the kicks of the vsock device",
                     cause,
@@ -344,9 +339,6 @@ impl Subscriber for Core {
                 self.work();
             }
             TOKEN_RX | TOKEN_TX | TOKEN_EVENT => {
-                if let Some(queues) = &self.queues {
-                    queues.take_kick(token);
-                }
                 self.tx_due |= token == TOKEN_TX;
                 self.work();
             }

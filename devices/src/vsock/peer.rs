@@ -93,6 +93,7 @@ impl Peer {
         (!self.hung_up).then_some(Interest {
             readable: takes && !self.readable,
             writable: !self.backlog.is_empty(),
+            edge: false,
         })
     }
 

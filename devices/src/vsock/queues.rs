@@ -146,16 +146,6 @@ impl Queues {
         })
     }
 
-    /// Takes the event of a kick away.
-    pub(super) fn take_kick(&self, token: u64) {
-        for served in [&self.rx, &self.tx, &self.event] {
-            if u64::from(served.queue.index) == token {
-                // An empty counter means that the event is gone already.
-                let _ = served.queue.kick.read();
-            }
-        }
-    }
-
     pub(super) fn needs_reset(&self) {
         self.interrupt.needs_reset();
     }

@@ -282,3 +282,35 @@ fn a_disk_stands_still_when_what_is_under_way_has_ended_and_then_goes_on() {
     guest.driver.carry_over(Box::new(disk), &state_now);
     assert_eq!(guest.ask(IN, 4, &[], SECTOR).2, [8; SECTOR]);
 }
+
+/// The small request finds what the large one of the other disk has brought meanwhile.
+#[test]
+fn two_disks_of_one_engine_both_get_their_answers() {
+    const LARGE: usize = 256 << 10;
+    with_each_engine(|kind| {
+        let poller = Arc::new(Poller::new().unwrap());
+        let Some(io) = engine(kind, &poller) else {
+            return;
+        };
+        let disk = || Guest::with(io.clone(), poller.clone(), file(LARGE), false, ALL);
+        let (mut large, mut small) = (disk(), disk());
+        for _ in 0..100 {
+            for (guest, length) in [(&mut large, LARGE), (&mut small, SECTOR)] {
+                let header = super::header(IN, 0);
+                let buffers = [
+                    Buffer::Readable(&header),
+                    Buffer::Writable(length as u32),
+                    Buffer::Writable(1),
+                ];
+                guest.driver.add(0, &buffers);
+                guest.driver.kick(0);
+                poller.turn(Some(Duration::ZERO)).unwrap();
+            }
+            for (guest, length) in [(&mut small, SECTOR), (&mut large, LARGE)] {
+                let answer = guest.driver.wait_used(0, Some(&poller));
+                assert_eq!(answer.len, length as u32 + 1);
+                assert_eq!(answer.data.last(), Some(&OK));
+            }
+        }
+    });
+}
