@@ -4,7 +4,7 @@
 //! Every wait has a deadline, and the VMM is killed when the guest is dropped.
 
 use crate::control::Control;
-use crate::vmm::{self, Disk, JAIL_ID, busybox, command, inherited, memfd};
+use crate::vmm::{self, Disk, JAIL_ID, accept, busybox, command, inherited, memfd};
 use capsid_protocol::agent::{
     AgentClient, CreateContainerRequest, ExecRequest, ProcessRequest, StartContainerRequest,
     StartSandboxRequest, StartSandboxResponse, Stdio as StreamIds,
@@ -15,14 +15,14 @@ use capsid_protocol::machine::{
 };
 use capsid_protocol::vsock::{AGENT_RPC_PORT, AGENT_STREAM_PORT, OwnerMessage, StreamHeader};
 use nix::sys::socket::{
-    AddressFamily, ControlMessage, ControlMessageOwned, MsgFlags, SockFlag, SockType, recvmsg,
-    sendmsg, setsockopt, socketpair, sockopt,
+    AddressFamily, ControlMessage, MsgFlags, SockFlag, SockType, sendmsg, setsockopt, socketpair,
+    sockopt,
 };
 use nix::sys::time::TimeVal;
 use serde_json::{Value, json};
 use std::fs::{self, File};
-use std::io::{IoSlice, IoSliceMut, Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::io::{IoSlice, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 use ttrpc::context::{Context, with_timeout};
@@ -114,7 +114,7 @@ impl Guest {
         let vmm = crate::vmm::spawn(command.stdout(Stdio::null()));
         let vmm = vmm.expect("capsid-vmm is on the PATH");
         drop((vmm_end, control_end));
-        let channel = accept(&owner);
+        let channel = accept(&owner).expect("the agent dials");
         let client = ttrpc::Client::new(channel.into_raw_fd()).expect("a client");
         let agent = AgentClient::new(client);
         let hello = agent.start_sandbox(context(), &StartSandboxRequest::default());
@@ -224,35 +224,6 @@ impl Drop for Guest {
         let _ended = self.vmm.kill();
         let _reaped = self.vmm.wait();
     }
-}
-
-/// The agent's connection, which is the first thing that comes over the owner channel.
-#[allow(unsafe_code)] // nix gives received descriptors as numbers
-fn accept(owner: &OwnedFd) -> OwnedFd {
-    let mut packet = [0; OwnerMessage::BYTES];
-    let mut space = nix::cmsg_space!([i32; 1]);
-    let mut buffers = [IoSliceMut::new(&mut packet)];
-    let message = recvmsg::<()>(
-        owner.as_raw_fd(),
-        &mut buffers,
-        Some(&mut space),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )
-    .expect("the agent dials");
-    assert!(message.bytes > 0, "the VMM ended before its agent dialled");
-    let fds = message.cmsgs().expect("control messages");
-    let fds: Vec<i32> = fds
-        .filter_map(|message| match message {
-            ControlMessageOwned::ScmRights(fds) => Some(fds),
-            _ => None,
-        })
-        .flatten()
-        .collect();
-    let [fd] = fds[..] else {
-        panic!("one fd comes with a connection, not {fds:?}");
-    };
-    // SAFETY: the kernel has just made this descriptor for us (SCM_RIGHTS), and nobody else knows its number.
-    unsafe { OwnedFd::from_raw_fd(fd) }
 }
 
 /// Our initramfs, followed by an archive with busybox in [`ROOTFS`]: the kernel unpacks one behind the other.

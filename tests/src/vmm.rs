@@ -7,11 +7,13 @@ use capsid_protocol::machine::{
     CONFIG_VERSION, Cpus, DiskConfig, FdNumber, JailConfig, Mac, MachineConfig, MemoryMib,
     NicConfig, SerialConfig,
 };
+use capsid_protocol::vsock::OwnerMessage;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sched::{CloneFlags, setns, unshare};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read, Seek, Write};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::io::{self, BufRead, BufReader, IoSliceMut, Read, Seek, Write};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::process::{Child, Command, Stdio};
 
 /// Whom the VMM becomes in its jail.
@@ -71,6 +73,40 @@ pub fn spawn(command: &mut Command) -> io::Result<Child> {
     // Until then this thread can start no other.
     setns(own, CloneFlags::CLONE_NEWPID)?;
     child
+}
+
+/// Waits for a connection of the guest, which is what comes over the owner channel first.
+///
+/// # Errors
+/// The VMM ended before, or sent something else.
+#[allow(unsafe_code)] // nix gives received descriptors as numbers
+pub fn accept(owner: &OwnedFd) -> io::Result<OwnedFd> {
+    let mut packet = [0; OwnerMessage::BYTES];
+    let mut space = nix::cmsg_space!([i32; 1]);
+    let mut buffers = [IoSliceMut::new(&mut packet)];
+    let message = recvmsg::<()>(
+        owner.as_raw_fd(),
+        &mut buffers,
+        Some(&mut space),
+        MsgFlags::MSG_CMSG_CLOEXEC,
+    )?;
+    if message.bytes == 0 {
+        return Err(io::Error::other("the VMM ended before its guest dialled"));
+    }
+    let fds: Vec<i32> = message
+        .cmsgs()?
+        .filter_map(|message| match message {
+            ControlMessageOwned::ScmRights(fds) => Some(fds),
+            _ => None,
+        })
+        .flatten()
+        .collect();
+    let [fd] = fds[..] else {
+        let what = format!("one fd comes with a connection, not {fds:?}");
+        return Err(io::Error::other(what));
+    };
+    // SAFETY: the kernel has just made this descriptor for us (SCM_RIGHTS), and nobody else knows its number.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// A disk for a guest.

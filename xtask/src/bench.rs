@@ -4,6 +4,7 @@
 //! Only ratios inside one run mean anything outside it: an emulated exit costs what its instructions cost, a real one about
 //! a microsecond. Exits to userspace are therefore counted beside the times.
 
+pub mod loads;
 pub mod table;
 
 use std::error::Error;
@@ -14,7 +15,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::{Args, Subcommand};
 use serde_json::json;
+use table::NoResult;
 
+use crate::artifacts::Artifacts;
 use crate::cache::Cache;
 use crate::initramfs;
 use crate::programs::{self, Profile, Program};
@@ -29,6 +32,14 @@ use crate::testbed::{self, Order, PROGRAMS_DIR};
 pub enum Bench {
     /// From the start of a VMM to its guest's first byte and to its end, beside QEMU, Firecracker, runc and crun
     Boot(Boot),
+    /// A disk: random and sequential accesses, beside QEMU
+    Blk(Device),
+    /// A network card: ping, and TCP both ways, beside QEMU with its own device and with the host kernel's
+    Net(Device),
+    /// Streams between guest and host: ping-pong, and both ways, beside QEMU, whose device is the host kernel's
+    Vsock(Device),
+    /// A shared directory: reading, unpacking, finding, beside QEMU with virtiofsd
+    Fs(Share),
 }
 
 /// `cargo xtask bench boot`
@@ -45,6 +56,34 @@ pub struct Boot {
     pub samples: u32,
 }
 
+/// `cargo xtask bench blk`, and those like it
+#[derive(Debug, Args)]
+pub struct Device {
+    /// Print JSON lines instead of the table
+    #[arg(long)]
+    pub json: bool,
+    /// This load alone
+    #[arg(long, value_name = "NAME")]
+    pub load: Option<String>,
+    /// This system alone
+    #[arg(long, value_name = "NAME")]
+    pub system: Option<String>,
+    /// Counted rounds of each load
+    #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub samples: u32,
+}
+
+/// `cargo xtask bench fs`
+#[derive(Debug, Args)]
+pub struct Share {
+    /// What every device takes.
+    #[command(flatten)]
+    pub device: Device,
+    /// Files in the tree that is searched
+    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub files: u32,
+}
+
 /// Starts the systems and takes their times.
 const DRIVER: Program = Program {
     package: "capsid-tests",
@@ -55,6 +94,13 @@ const TINY: Program = Program {
     package: "capsid-tests",
     name: "tiny-init",
 };
+/// The init that does what the loads of devices are.
+const LOADER: Program = Program {
+    package: "capsid-tests",
+    name: "load-init",
+};
+/// The initramfs of either.
+const INIT_ARCHIVE: &str = "share/bench.cpio";
 /// The longest output of the driver that is kept, in bytes.
 const OUTPUT_MAX_BYTES: usize = 16 << 20;
 
@@ -67,7 +113,17 @@ tar -xf "$CAPSID_TEST_IMAGE" -C "$bundle/image"
 tar -xf "$bundle/image/layer.tar" -C "$bundle/rootfs"
 cp "$1" "$bundle/config.json"
 shift
-exec capsid-bench "$@" --bundle "$bundle"
+exec capsid-bench boot "$@" --bundle "$bundle"
+"#;
+
+/// Becomes the driver, first in line for the processor, so that it sees each mark when it is made; what it starts is nothing special.
+const DEVICE_SCRIPT: &str = r#"
+set -e
+modprobe -a vhost_net vhost_vsock
+# What is written stays in the page cache: how long an emulated disk takes is this machine's business.
+echo 0 > /proc/sys/vm/dirty_writeback_centisecs
+scratch=$(mktemp -d -p /var/tmp)
+exec chrt --reset-on-fork --fifo 1 capsid-bench device "$@" --scratch "$scratch"
 "#;
 
 /// Runs the subcommand.
@@ -75,12 +131,6 @@ exec capsid-bench "$@" --bundle "$bundle"
 /// # Errors
 /// Something could not be set up, or the driver failed.
 pub fn run(bench: &Bench, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
-    match bench {
-        Bench::Boot(options) => boot(options, workspace),
-    }
-}
-
-fn boot(options: &Boot, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
     let cache = Cache::open()?;
     let progress = Progress::new(cache.root().join("logs"));
     let context = Context {
@@ -88,68 +138,155 @@ fn boot(options: &Boot, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> {
         cache: &cache,
         workspace,
     };
-    let order = order(&context, options)?;
-    progress.say("boot: the systems in turn in the metered testbed; about 20 s of this machine for 1 s of its clock");
+    match bench {
+        Bench::Boot(options) => {
+            let order = boot_order(&context, options)?;
+            let (code, text) = driven(&context, order, "boot")?;
+            show(&text, options.json, |text| {
+                Ok(table::table(&table::parse(text)?))
+            })?;
+            Ok(code)
+        }
+        Bench::Blk(options) => device(&context, "blk", options, None),
+        Bench::Net(options) => device(&context, "net", options, None),
+        Bench::Vsock(options) => device(&context, "vsock", options, None),
+        Bench::Fs(options) => device(&context, "fs", &options.device, Some(options.files)),
+    }
+}
+
+fn device(
+    context: &Context<'_>,
+    name: &str,
+    options: &Device,
+    files: Option<u32>,
+) -> Result<ExitCode, Box<dyn Error>> {
+    let order = device_order(context, name, options, files)?;
+    let (code, text) = driven(context, order, name)?;
+    show(&text, options.json, |text| {
+        Ok(loads::table(&loads::parse(text)?))
+    })?;
+    Ok(code)
+}
+
+/// Runs the driver; what it said is its results.
+fn driven(
+    context: &Context<'_>,
+    order: Order,
+    name: &str,
+) -> Result<(ExitCode, String), Box<dyn Error>> {
+    context.progress.say(&format!("{name}: the systems in turn in the metered testbed; about 20 s of this machine for 1 s of its clock"));
     let collected = Collected::default();
     let outputs = Outputs {
         out: Box::new(collected.clone()),
         err: Box::new(io::stderr()),
     };
-    let code = testbed::execute_into(&context, order, outputs)?;
-    let text = collected.text();
-    if options.json {
-        print!("{text}");
-    } else {
-        print!("{}", table::table(&table::parse(&text)?));
-    }
-    Ok(ExitCode::from(code))
+    let code = testbed::execute_into(context, order, outputs)?;
+    Ok((ExitCode::from(code), collected.text()))
 }
 
-/// Everything the driver needs, on the programs drive, and its command line.
-fn order(context: &Context<'_>, options: &Boot) -> Result<Order, Box<dyn Error>> {
+fn show(
+    text: &str,
+    json: bool,
+    table: impl Fn(&str) -> Result<String, NoResult>,
+) -> Result<(), NoResult> {
+    match json {
+        true => print!("{text}"),
+        false => print!("{}", table(text)?),
+    }
+    Ok(())
+}
+
+/// Everything the driver of the boot benchmark needs, on the programs drive, and its command line.
+fn boot_order(context: &Context<'_>, options: &Boot) -> Result<Order, Box<dyn Error>> {
     let mut artifacts = testbed::prepare(context, Profile::Release, Mode::Metered)?;
-    let built = programs::build(
-        context.progress,
-        context.workspace,
-        Profile::Release,
-        &[DRIVER, TINY],
-    )?;
-    let [driver, tiny] = built.as_slice() else {
-        return Err("cargo built neither the driver nor tiny-init".into());
-    };
-    let archive = tiny.with_file_name("tiny-initramfs.cpio");
-    initramfs::write(tiny, &archive)?;
+    let tiny = add_driver(context, &mut artifacts, TINY)?;
     let spec = tiny.with_file_name("bench-config.json");
     std::fs::write(&spec, echo_spec().to_string())?;
-    artifacts.add(None, driver.clone(), "bin/capsid-bench");
-    artifacts.add(None, archive, "share/tiny.cpio");
     artifacts.add(None, spec, "share/bench-config.json");
-    let inside = |path: &str| format!("{PROGRAMS_DIR}/{path}");
-    let mut words = vec![
-        "sh".to_owned(),
-        "-c".to_owned(),
-        SCRIPT.to_owned(),
-        "bench".to_owned(),
+    let mut words = script(SCRIPT);
+    words.extend([
         inside("share/bench-config.json"),
         "--kernel".to_owned(),
         inside("share/vmlinux"),
         "--tiny".to_owned(),
-        inside("share/tiny.cpio"),
+        inside(INIT_ARCHIVE),
         "--initramfs".to_owned(),
         inside("share/initramfs.cpio"),
         "--samples".to_owned(),
         options.samples.to_string(),
-    ];
+    ]);
     if let Some(path) = &options.firecracker {
         artifacts.add(None, path.canonicalize()?, "bin/firecracker");
         words.extend(["--firecracker".to_owned(), inside("bin/firecracker")]);
     }
-    Ok(Order {
+    Ok(order(&artifacts, words))
+}
+
+/// The same for the benchmark of a device.
+fn device_order(
+    context: &Context<'_>,
+    name: &str,
+    options: &Device,
+    files: Option<u32>,
+) -> Result<Order, Box<dyn Error>> {
+    let mut artifacts = testbed::prepare(context, Profile::Release, Mode::Metered)?;
+    add_driver(context, &mut artifacts, LOADER)?;
+    let mut words = script(DEVICE_SCRIPT);
+    words.extend([
+        name.to_owned(),
+        "--kernel".to_owned(),
+        inside("share/vmlinux"),
+        "--initramfs".to_owned(),
+        inside(INIT_ARCHIVE),
+        "--samples".to_owned(),
+        options.samples.to_string(),
+    ]);
+    let mut option = |name: &str, value: String| words.extend([name.to_owned(), value]);
+    if let Some(load) = &options.load {
+        option("--load", load.clone());
+    }
+    if let Some(system) = &options.system {
+        option("--system", system.clone());
+    }
+    if let Some(files) = files {
+        option("--files", files.to_string());
+    }
+    Ok(order(&artifacts, words))
+}
+
+fn script(text: &str) -> Vec<String> {
+    ["sh", "-c", text, "bench"].map(str::to_owned).into()
+}
+
+fn inside(path: &str) -> String {
+    format!("{PROGRAMS_DIR}/{path}")
+}
+
+fn order(artifacts: &Artifacts, words: Vec<String>) -> Order {
+    Order {
         items: artifacts.items(),
         variables: artifacts.variables_inside(),
         words: words.into_iter().map(Into::into).collect(),
         ..Order::new(Mode::Metered)
-    })
+    }
+}
+
+/// Builds the driver and an init, of which an archive is made; where that init is here.
+fn add_driver(
+    context: &Context<'_>,
+    artifacts: &mut Artifacts,
+    init: Program,
+) -> Result<PathBuf, Box<dyn Error>> {
+    let (progress, profile) = (context.progress, Profile::Release);
+    let built = programs::build(progress, context.workspace, profile, &[DRIVER, init])?;
+    let [driver, init] = built.as_slice() else {
+        return Err("cargo built neither the driver nor the init".into());
+    };
+    let archive = init.with_extension("cpio");
+    initramfs::write(init, &archive)?;
+    artifacts.add(None, driver.clone(), "bin/capsid-bench");
+    artifacts.add(None, archive, INIT_ARCHIVE);
+    Ok(init.clone())
 }
 
 /// What runc and crun run: `echo` with the namespaces of a plain container.

@@ -2,10 +2,10 @@
 
 use super::launch::{self, Sample};
 use super::systems::{Files, System};
-use super::trace;
+use super::trace::{Counts, Recording, USERSPACE_EXITS};
 use serde_json::{Value, json};
-use std::collections::BTreeMap;
 use std::io::{self, Write};
+use std::time::Duration;
 
 /// Rounds that are not counted: the first reads come from disk, where an emulated clock jumps.
 const WARM_UP_ROUNDS: usize = 1;
@@ -40,10 +40,10 @@ pub fn boot(
     }
     for (system, samples) in taken {
         let exits = match system {
-            System::Runtime(_) => BTreeMap::new(),
-            _ => trace::userspace_exits(system, files).unwrap_or_else(|error| {
+            System::Runtime(_) => Counts::new(),
+            _ => userspace_exits(system, files).unwrap_or_else(|error| {
                 eprintln!("bench: exits of {} are not counted: {error}", system.name());
-                BTreeMap::new()
+                Counts::new()
             }),
         };
         for line in lines(system, &samples, &exits) {
@@ -51,6 +51,15 @@ pub fn boot(
         }
     }
     Ok(())
+}
+
+/// The exits of one run.
+fn userspace_exits(system: &System, files: &Files) -> io::Result<Counts> {
+    let recording = Recording::of(USERSPACE_EXITS)?;
+    recording.begin()?;
+    launch::sample(system, files)?;
+    let counted = recording.counted(Duration::ZERO, Duration::MAX)?;
+    Ok(counted.userspace_exits)
 }
 
 /// One sample for people who wait: a round takes minutes where an instruction counts as a nanosecond.
@@ -68,7 +77,7 @@ fn progress(round: usize, system: &System, sample: &Sample) -> String {
     )
 }
 
-fn lines(system: &System, samples: &[Sample], exits: &BTreeMap<String, u64>) -> Vec<Value> {
+fn lines(system: &System, samples: &[Sample], exits: &Counts) -> Vec<Value> {
     let nanos = |pick: fn(&Sample) -> u128| samples.iter().map(pick).collect::<Vec<u128>>();
     let line = |phase: &str, samples: Vec<u128>| {
         json!({"bench": "boot", "system": system.name(), "kernel": system.kernel(), "phase": phase,

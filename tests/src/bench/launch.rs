@@ -85,36 +85,12 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
     )?;
     let mut report = memfd("report")?;
     let config = MachineConfig {
-        version: CONFIG_VERSION,
-        id: "bench".to_owned(),
-        cpus: Cpus::try_from(1).map_err(io::Error::other)?,
-        cpus_max: None,
-        memory_mib: MemoryMib::try_from(MEMORY_MIB).map_err(io::Error::other)?,
-        balloon_mib: 0,
-        memory_max_mib: None,
-        plug_mib: 0,
-        kernel_fd: inherited(&kernel)?,
-        initramfs_fd: Some(inherited(&initramfs)?),
         cmdline: if own {
             String::new()
         } else {
             CMDLINE.to_owned()
         },
-        control_fd: None,
-        vsock: own
-            .then(|| -> io::Result<VsockConfig> {
-                Ok(VsockConfig {
-                    owner_fd: inherited(&vmm_end)?,
-                    guest_may_dial: vec![GuestDial {
-                        port: AGENT_RPC_PORT,
-                        connections: 1,
-                    }],
-                })
-            })
-            .transpose()?,
-        shares: Vec::new(),
-        disks: Vec::new(),
-        nics: Vec::new(),
+        vsock: own.then(|| vsock(&vmm_end, AGENT_RPC_PORT)).transpose()?,
         serial: if own {
             None
         } else {
@@ -123,10 +99,7 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
             })
         },
         report_fd: Some(inherited(&report)?),
-        jail: JailConfig {
-            uid: JAIL_ID,
-            gid: JAIL_ID,
-        },
+        ..plain_machine(&kernel, &initramfs)?
     };
     let (mut command, _config) = command(&config)?;
     let since = Instant::now();
@@ -146,6 +119,51 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
         init: init?,
         exit,
         report: serde_json::from_slice(&text).ok(),
+    })
+}
+
+/// What every VM of a benchmark has: one vCPU, its memory, a kernel and an initramfs.
+///
+/// # Errors
+/// The kernel gave no fd.
+pub(super) fn plain_machine(kernel: &File, initramfs: &File) -> io::Result<MachineConfig> {
+    Ok(MachineConfig {
+        version: CONFIG_VERSION,
+        id: "bench".to_owned(),
+        cpus: Cpus::try_from(1).map_err(io::Error::other)?,
+        cpus_max: None,
+        memory_mib: MemoryMib::try_from(MEMORY_MIB).map_err(io::Error::other)?,
+        balloon_mib: 0,
+        memory_max_mib: None,
+        plug_mib: 0,
+        kernel_fd: inherited(kernel)?,
+        initramfs_fd: Some(inherited(initramfs)?),
+        cmdline: String::new(),
+        control_fd: None,
+        vsock: None,
+        shares: Vec::new(),
+        disks: Vec::new(),
+        nics: Vec::new(),
+        serial: None,
+        report_fd: None,
+        jail: JailConfig {
+            uid: JAIL_ID,
+            gid: JAIL_ID,
+        },
+    })
+}
+
+/// A vsock device whose guest may dial `port` once.
+///
+/// # Errors
+/// The kernel gave no fd.
+pub(super) fn vsock(vmm_end: &OwnedFd, port: u32) -> io::Result<VsockConfig> {
+    Ok(VsockConfig {
+        owner_fd: inherited(vmm_end)?,
+        guest_may_dial: vec![GuestDial {
+            port,
+            connections: 1,
+        }],
     })
 }
 

@@ -1,14 +1,30 @@
-//! `capsid-bench boot`: the boot benchmark on this host. `cargo xtask bench boot` runs it in the metered testbed.
+//! `capsid-bench`: the benchmarks on this host. `cargo xtask bench` runs them in the metered testbed.
 
-use capsid_tests::bench::boot::boot;
-use capsid_tests::bench::systems::{Files, System};
-use clap::Parser;
+use capsid_tests::bench::load::Device;
+use capsid_tests::bench::systems::System;
+use capsid_tests::bench::{boot, devices, machine, share, systems};
+use clap::{Parser, Subcommand};
+use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-/// Starts each system in turn and prints one JSON line for each of its phases.
+/// Prints JSON lines.
 #[derive(Parser)]
 struct Args {
+    #[command(subcommand)]
+    bench: Bench,
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// Starts each system in turn; one line for each of its phases.
+    Boot(Boot),
+    /// Loads one kind of device in each system; one line for each load and system.
+    Device(Load),
+}
+
+#[derive(clap::Args)]
+struct Boot {
     /// ELF kernel that every VMM boots.
     #[arg(long)]
     kernel: PathBuf,
@@ -29,9 +45,49 @@ struct Args {
     samples: usize,
 }
 
+#[derive(clap::Args)]
+struct Load {
+    /// Which.
+    device: Device,
+    /// This load alone.
+    #[arg(long)]
+    load: Option<String>,
+    /// This system alone.
+    #[arg(long)]
+    system: Option<String>,
+    /// ELF kernel that every VMM boots.
+    #[arg(long)]
+    kernel: PathBuf,
+    /// Initramfs whose /init is load-init.
+    #[arg(long)]
+    initramfs: PathBuf,
+    /// An empty directory, on a disk, for what the guests read.
+    #[arg(long)]
+    scratch: PathBuf,
+    /// Files in the shared tree.
+    #[arg(long, default_value_t = 10_000)]
+    files: usize,
+    /// Counted rounds of each load.
+    #[arg(long, default_value_t = 5)]
+    samples: usize,
+}
+
 fn main() -> ExitCode {
-    let args = Args::parse();
-    let files = Files {
+    let done = match Args::parse().bench {
+        Bench::Boot(args) => bench_boot(args),
+        Bench::Device(args) => bench_device(args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("capsid-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn bench_boot(args: Boot) -> io::Result<()> {
+    let files = systems::Files {
         kernel: args.kernel,
         tiny: args.tiny,
         initramfs: args.initramfs,
@@ -45,11 +101,30 @@ fn main() -> ExitCode {
         System::Runtime("runc"),
         System::Runtime("crun"),
     ]);
-    match boot(&systems, &files, args.samples, &mut std::io::stdout()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("capsid-bench: cannot write the results: {error}");
-            ExitCode::FAILURE
+    boot::boot(&systems, &files, args.samples, &mut io::stdout())
+}
+
+fn bench_device(args: Load) -> io::Result<()> {
+    let files = machine::Files {
+        kernel: args.kernel,
+        initramfs: args.initramfs,
+        disk: args.scratch.join("disk"),
+        share: args.scratch.join("share"),
+    };
+    match args.device {
+        Device::Blk => share::write_store(&files.disk)?,
+        Device::Fs => {
+            std::fs::create_dir(&files.share)?;
+            share::fill(&files.share, args.files)?;
         }
+        Device::Net | Device::Vsock => {}
     }
+    let selection = devices::Selection {
+        device: args.device,
+        load: args.load,
+        system: args.system,
+        samples: args.samples,
+        tree_files: args.files,
+    };
+    devices::devices(&selection, &files, &mut io::stdout())
 }

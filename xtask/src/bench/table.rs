@@ -1,4 +1,4 @@
-//! The benchmark's JSON lines as a table for people. Pure.
+//! The boot benchmark's JSON lines as a table for people. Pure.
 
 use std::fmt::Write;
 
@@ -24,19 +24,27 @@ pub struct NoResult {
     line: String,
 }
 
-/// Reads JSON lines.
+/// Reads JSON lines, each by `read`.
 ///
 /// # Errors
 /// A line is not a result.
-pub fn parse(text: &str) -> Result<Vec<Row>, NoResult> {
-    text.lines()
-        .filter(|line| !line.trim().is_empty())
+pub fn lines<T>(text: &str, read: impl Fn(&str) -> Option<T>) -> Result<Vec<T>, NoResult> {
+    let lines = text.lines().filter(|line| !line.trim().is_empty());
+    lines
         .map(|line| {
-            row(line).ok_or_else(|| NoResult {
+            read(line).ok_or_else(|| NoResult {
                 line: line.to_owned(),
             })
         })
         .collect()
+}
+
+/// Reads the boot benchmark's lines.
+///
+/// # Errors
+/// A line is not a result.
+pub fn parse(text: &str) -> Result<Vec<Row>, NoResult> {
+    lines(text, row)
 }
 
 fn row(line: &str) -> Option<Row> {

@@ -31,7 +31,7 @@ const SUITE: &str = "trixie";
 /// What is on the emulated host.
 const INSIDE: &str = "attr,busybox-static,bzip2,ca-certificates,conntrack,containerd,containernetworking-plugins,crun,curl,\
     dmsetup,e2fsprogs,ethtool,file,gdb,iproute2,iptables,iputils-ping,jq,kmod,less,libcap2-bin,linux-image-cloud-amd64,\
-    lsof,netcat-openbsd,nftables,procps,psmisc,python3-minimal,qemu-system-x86,runc,socat,strace,tcpdump,util-linux,xfsprogs,zstd";
+    lsof,netcat-openbsd,nftables,procps,psmisc,python3-minimal,qemu-system-x86,runc,socat,strace,tcpdump,util-linux,virtiofsd,xfsprogs,zstd";
 /// Raise when the recipe below changes in a way that the keys do not see.
 const RECIPE: &str = "1";
 
