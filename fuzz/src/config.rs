@@ -1,8 +1,14 @@
 //! JSON documents: a machine's configuration, the spec of a bundle, the documents of an image. The first byte says which.
 
+use crate::allocations::Bounds;
 use capsid_protocol::machine::{CONFIG_MAX_BYTES, MachineConfig};
 use std::collections::BTreeSet;
 use std::path::Path;
+
+pub(crate) const BOUNDS: Bounds = Bounds {
+    growth: 4 << 20,
+    largest: 1 << 20,
+};
 
 pub(crate) fn run(input: &[u8]) {
     let Some((kind, json)) = input.split_first() else {

@@ -1,7 +1,13 @@
 //! Messages between the VMM, its owner and the agent: each packet is refused, or says the same when it is written again.
 
+use crate::allocations::Bounds;
 use capsid_protocol::control::{FrameLength, REPLY_MAX_BYTES, REQUEST_MAX_BYTES, Reply, Request};
 use capsid_protocol::vsock::{OwnerMessage, StreamHeader};
+
+pub(crate) const BOUNDS: Bounds = Bounds {
+    growth: 2 << 20,
+    largest: 1 << 20,
+};
 
 pub(crate) fn run(input: &[u8]) {
     channel(input);

@@ -1,5 +1,6 @@
 //! The kernel loader: any file is refused, or lies in the guest's memory where a kernel may.
 
+use crate::allocations::Bounds;
 use arbitrary::Unstructured;
 use capsid_devices::memory::slice_of;
 use capsid_devices::testing::memory;
@@ -13,6 +14,11 @@ use std::io::Write;
 const MEMORY_MIB: u64 = 64;
 /// Most zeroes behind the bytes of an input: what large segments are read from.
 const ZEROES_MAX: u64 = 80 << 20;
+
+pub(crate) const BOUNDS: Bounds = Bounds {
+    growth: 8 << 20,
+    largest: 2 << 20,
+};
 
 pub(crate) fn run(input: &[u8]) {
     let mut input = Unstructured::new(input);

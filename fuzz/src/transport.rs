@@ -1,5 +1,6 @@
 //! The state machine of virtio over PCI: any sequence of register accesses and of a device's own events.
 
+use crate::allocations::Bounds;
 use arbitrary::{Result, Unstructured};
 use capsid_devices::testing::{Driver, Region, memory};
 use capsid_devices::virtio::device::{Activation, Busy, DeviceError, Interrupt, VirtioDevice};
@@ -74,6 +75,11 @@ impl VirtioDevice for Probe {
         Ok(())
     }
 }
+
+pub(crate) const BOUNDS: Bounds = Bounds {
+    growth: 2 << 20,
+    largest: 1 << 20,
+};
 
 pub(crate) fn run(input: &[u8]) {
     let seen = Arc::new(Seen::default());

@@ -274,7 +274,7 @@ pub fn end(status: ExitStatus) -> String {
     }
 }
 
-fn tail_of(log: &mut (impl Read + Seek)) -> String {
+pub(crate) fn tail_of(log: &mut (impl Read + Seek)) -> String {
     let mut bytes = Vec::new();
     let read = log.seek(SeekFrom::End(0)).and_then(|length| {
         log.seek(SeekFrom::Start(length.saturating_sub(TAIL_MAX_BYTES)))?;

@@ -264,6 +264,8 @@ impl VirtioDevice for Disk {
             return Ok(());
         };
         active.stop();
+        #[cfg(any(test, feature = "testing"))]
+        self.io.harvest_here();
         let patience = match self.io.is_left() {
             false => Duration::from_millis(RESET_TIMEOUT_MS),
             true => Duration::ZERO,

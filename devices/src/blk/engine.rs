@@ -166,6 +166,9 @@ pub struct DiskIo {
     table: Mutex<Table>,
     left: AtomicBool,
     on_fault: OnceLock<OnFault>,
+    /// See [`EngineKind::Here`].
+    #[cfg(any(test, feature = "testing"))]
+    here: bool,
 }
 
 /// Which engine to take.
@@ -175,6 +178,9 @@ pub enum EngineKind {
     Best,
     /// Threads.
     Threads,
+    /// Nobody: one thread is everything, and makes the calls by [`DiskIo::work_here`].
+    #[cfg(any(test, feature = "testing"))]
+    Here,
 }
 
 impl DiskIo {
@@ -188,6 +194,8 @@ impl DiskIo {
         let ring = match kind {
             EngineKind::Best => Ring::new(&event).ok(),
             EngineKind::Threads => None,
+            #[cfg(any(test, feature = "testing"))]
+            EngineKind::Here => None,
         };
         let backend = match ring {
             Some(ring) => Backend::Ring(Box::new(ring)),
@@ -201,6 +209,8 @@ impl DiskIo {
             table: Mutex::new(table),
             left: AtomicBool::new(false),
             on_fault: OnceLock::new(),
+            #[cfg(any(test, feature = "testing"))]
+            here: kind == EngineKind::Here,
         });
         let results = Arc::new(Mutex::new(Results(engine.clone())));
         event_loop.watch(engine.event.as_raw_fd(), Interest::KICK, 0, results)?;
@@ -227,6 +237,25 @@ impl DiskIo {
     pub(super) fn failed(&self, fault: &DiskFault<'_>) {
         if let Some(told) = self.on_fault.get() {
             told(fault);
+        }
+    }
+
+    /// Makes up to `most` of the calls that wait for [`EngineKind::Here`]; how many there were. Their results come by the event
+    /// loop.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn work_here(&self, most: usize) -> usize {
+        match &self.backend {
+            Backend::Workers(workers) if self.here => workers.work_here(most),
+            _ => 0,
+        }
+    }
+
+    /// Hands out the results of what a reset has ended, if the thread that resets is the one that turns the loop: it would wait
+    /// in vain.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn harvest_here(&self) {
+        if self.here {
+            self.harvest();
         }
     }
 

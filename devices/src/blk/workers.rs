@@ -109,6 +109,20 @@ impl Workers {
     }
 }
 
+#[cfg(any(test, feature = "testing"))]
+impl Workers {
+    /// Makes up to `most` of the calls that wait, on the calling thread; how many there were.
+    pub(super) fn work_here(&self, most: usize) -> usize {
+        for made in 0..most {
+            let Some((file, job)) = self.0.lock().jobs.pop_front() else {
+                return made;
+            };
+            self.0.make(file, &job);
+        }
+        most
+    }
+}
+
 impl Shared {
     fn work(&self) {
         loop {
@@ -124,13 +138,17 @@ impl Shared {
                 state = woken.unwrap_or_else(PoisonError::into_inner);
             };
             drop(state);
-            // SAFETY: whoever pushed the job keeps its vectors and its file until the completion below was taken.
-            let result = unsafe { perform(file, job.call, job.vectors) };
-            let ticket = job.ticket;
-            self.lock().done.push_back(Completion { ticket, result });
-            // Fails only when the counter is full, and then the fd is readable anyway.
-            let _ = self.event.write(1);
+            self.make(file, &job);
         }
+    }
+
+    fn make(&self, file: RawFd, job: &Submission) {
+        // SAFETY: whoever pushed the job keeps its vectors and its file until the completion below was taken.
+        let result = unsafe { perform(file, job.call, job.vectors) };
+        let ticket = job.ticket;
+        self.lock().done.push_back(Completion { ticket, result });
+        // Fails only when the counter is full, and then the fd is readable anyway.
+        let _ = self.event.write(1);
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

@@ -187,7 +187,7 @@ pub fn spawn_share_threads(setup: ShareSetup) -> Result<VirtioFs, ShareError> {
     }
 }
 
-fn split_budget(descriptors: usize) -> FdBudget {
+pub(super) fn split_budget(descriptors: usize) -> FdBudget {
     let nodes = (descriptors / 4).min(NODE_FDS_MAX);
     FdBudget {
         nodes,

@@ -21,6 +21,8 @@
 
 mod abi;
 mod attributes;
+#[cfg(any(test, feature = "testing"))]
+mod bare;
 mod confine;
 mod credentials;
 mod device;
@@ -35,6 +37,8 @@ mod session;
 mod syscalls;
 mod threads;
 
+#[cfg(any(test, feature = "testing"))]
+pub use bare::BareShare;
 pub use confine::{ConfineError, KEPT_CAPABILITIES};
 pub use device::{
     FD_BUDGET_MIN, SHARE_THREADS, Seal, ShareError, ShareSetup, ShareState, VirtioFs,

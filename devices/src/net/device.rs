@@ -111,6 +111,26 @@ impl Net {
     /// # Errors
     /// See [`NetError`].
     pub fn new(setup: NetSetup, event_loop: Arc<dyn EventLoop>) -> Result<Net, NetError> {
+        Net::on(setup, event_loop, Tap::new)
+    }
+
+    /// A card on sockets in place of taps, each one end of a pair of SOCK_DGRAM that does not block: for tests that make no
+    /// network device.
+    ///
+    /// # Errors
+    /// See [`NetError`].
+    #[cfg(any(test, feature = "testing"))]
+    pub fn on_sockets(setup: NetSetup, event_loop: Arc<dyn EventLoop>) -> Result<Net, NetError> {
+        Net::on(setup, event_loop, |socket| {
+            Ok((Tap::in_place_of_one(socket), true))
+        })
+    }
+
+    fn on(
+        setup: NetSetup,
+        event_loop: Arc<dyn EventLoop>,
+        open: impl Fn(OwnedFd) -> Result<(Tap, bool), TapError>,
+    ) -> Result<Net, NetError> {
         let pairs = setup.taps.len();
         if !(1..=PAIRS_MAX).contains(&pairs) {
             return Err(NetError::Pairs(pairs));
@@ -126,7 +146,7 @@ impl Net {
         let mut uso = true;
         for tap in setup.taps {
             let fd = tap.as_raw_fd();
-            let (tap, can) = Tap::new(tap).map_err(|cause| NetError::Tap { fd, cause })?;
+            let (tap, can) = open(tap).map_err(|cause| NetError::Tap { fd, cause })?;
             uso &= can;
             taps.push(Arc::new(tap));
         }

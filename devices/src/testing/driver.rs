@@ -117,7 +117,7 @@ impl Driver {
             idle: Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd")),
         };
         driver.find_capabilities();
-        driver.write_config(4, 2, 0x0406); // memory, bus master, no INTx
+        driver.decode();
         driver.enable_msix();
         driver
     }
@@ -221,6 +221,12 @@ impl Driver {
             self.write(entry, 12, 4, 0);
         }
         self.write_config(self.msix_capability + 2, 2, 0x8000);
+    }
+
+    /// Puts the BAR back to where it was and makes the device decode it, whatever was written to configuration space.
+    pub fn decode(&self) {
+        self.write_config(4, 2, 0x0406); // memory, bus master, no INTx
+        self.write_config(0x10, 4, BAR_ADDRESS);
     }
 
     /// Reads configuration space by the ports: 1, 2 or 4 bytes.
@@ -509,6 +515,5 @@ pub fn sweep(driver: &Driver, value: u64) {
             driver.write_config(offset, width, value);
         }
     }
-    driver.write_config(4, 2, 0x0406);
-    driver.write_config(0x10, 4, BAR_ADDRESS);
+    driver.decode();
 }

@@ -284,6 +284,14 @@ impl VsockHandle {
         }
     }
 
+    /// Bytes of the guest that wait for the host's sockets, and for how many there is room in the buffers that the guest was
+    /// promised.
+    #[cfg(any(test, feature = "testing"))]
+    pub fn held_bytes(&self) -> (u64, u64) {
+        let core = self.0.upgrade();
+        core.map_or((0, 0), |core| lock(&core).table.held_bytes())
+    }
+
     /// How many connections there are, those included whose last bytes wait for the host.
     pub fn connections(&self) -> usize {
         self.0.upgrade().map_or(0, |core| lock(&core).table.len())

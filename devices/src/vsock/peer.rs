@@ -79,6 +79,12 @@ impl Peer {
         self.connection.is_none() && self.backlog.is_empty()
     }
 
+    /// Bytes that wait for the socket.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn held_bytes(&self) -> u64 {
+        self.backlog.len() as u64
+    }
+
     /// Whether the loop reported the host gone; what it sent before may still have to be read.
     pub(super) fn is_hung_up(&self) -> bool {
         self.hung_up

@@ -167,8 +167,8 @@ impl Vectors {
 pub(super) struct Backlog(VecDeque<u8>);
 
 impl Backlog {
-    #[cfg(test)]
-    fn len(&self) -> usize {
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn len(&self) -> usize {
         self.0.len()
     }
 

@@ -70,6 +70,13 @@ impl Table {
         self.peers.len()
     }
 
+    /// Bytes that wait for the host's sockets, and those that were promised.
+    #[cfg(any(test, feature = "testing"))]
+    pub(super) fn held_bytes(&self) -> (u64, u64) {
+        let held = self.peers.values().map(Peer::held_bytes).sum();
+        (held, self.promised_bytes)
+    }
+
     /// The host port that the next connection made by the host gets, if it is free.
     pub(super) fn next_host_port(&self) -> u32 {
         self.next_host_port

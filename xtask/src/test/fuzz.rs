@@ -4,9 +4,12 @@
 //! have to be another compiler. The targets count their results themselves.
 
 use std::error::Error;
-use std::fs;
-use std::path::Path;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
 
 use super::count::Count;
 use crate::command::{self, OnInterrupt, shown};
@@ -28,6 +31,8 @@ const FLAGS: &str = "-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-leve
 const INPUT_LIMIT_S: u32 = 10;
 /// A target that takes more memory is a fault, in MiB.
 const MEMORY_LIMIT_MIB: u32 = 512;
+/// Most targets at once, each of which is one busy thread.
+const AT_ONCE: usize = 2;
 
 /// Runs each target whose name has one of `filters` in it, or all.
 pub(super) fn run(
@@ -49,16 +54,17 @@ pub(super) fn run(
         Ok::<_, programs::ProgramsError>(step.run(&mut build)?)
     })?;
     let room = context.workspace.join("fuzz");
-    let mut count = Count::default();
+    let (faults, logs) = (home.join("artifacts"), home.join("logs"));
+    fs::create_dir_all(&faults)?;
+    fs::create_dir_all(&logs)?;
+    let mut runs = Vec::new();
     for target in names(&room)? {
         if !filters.is_empty() && !filters.iter().any(|filter| target.contains(filter)) {
             continue;
         }
-        let program = home.join(TARGET).join("fuzz").join(&target);
-        let (found, faults) = (home.join("corpus").join(&target), home.join("artifacts"));
+        let found = home.join("corpus").join(&target);
         fs::create_dir_all(&found)?;
-        fs::create_dir_all(&faults)?;
-        let mut command = Command::new(program);
+        let mut command = Command::new(home.join(TARGET).join("fuzz").join(&target));
         command
             .arg(&found)
             .arg(room.join("seeds").join(&target))
@@ -68,9 +74,46 @@ pub(super) fn run(
             .arg(format!("-artifact_prefix={}/{target}-", faults.display()))
             .arg("-print_final_stats=1")
             .current_dir(context.workspace);
-        count.add(fuzz(&target, &mut command)?);
+        let log = logs.join(&target);
+        runs.push(Run {
+            target,
+            command,
+            log,
+        });
     }
-    Ok(count)
+    let cores = thread::available_parallelism()?.get();
+    all(runs, cores.min(AT_ONCE))
+}
+
+/// One target that is to run.
+struct Run {
+    target: String,
+    command: Command,
+    /// Where its output goes.
+    log: PathBuf,
+}
+
+/// Runs all, so many at once.
+fn all(runs: Vec<Run>, at_once: usize) -> Result<Count, Box<dyn Error>> {
+    let left = Mutex::new(runs.into_iter());
+    let lane = || -> io::Result<Count> {
+        let mut count = Count::default();
+        loop {
+            let next = left.lock().unwrap_or_else(PoisonError::into_inner).next();
+            match next {
+                Some(run) => count.add(fuzz(run)?),
+                None => return Ok(count),
+            }
+        }
+    };
+    thread::scope(|scope| {
+        let lanes: Vec<_> = (0..at_once).map(|_| scope.spawn(lane)).collect();
+        let mut count = Count::default();
+        for lane in lanes {
+            count.add(lane.join().map_err(|_| "a thread panicked")??);
+        }
+        Ok(count)
+    })
 }
 
 /// The names of the targets, in order.
@@ -87,18 +130,58 @@ fn names(room: &Path) -> std::io::Result<Vec<String>> {
     Ok(names)
 }
 
-fn fuzz(target: &str, command: &mut Command) -> Result<Count, Box<dyn Error>> {
+fn fuzz(mut run: Run) -> io::Result<Count> {
+    let Run {
+        target,
+        command,
+        log,
+    } = &mut run;
     eprintln!("           $ {}", shown(command));
+    let output = File::create(&*log)?;
     command.stdin(Stdio::null());
+    command.stdout(output.try_clone()?).stderr(output);
     let mut running = command::spawn(command, OnInterrupt::Kill)?;
     let status = running.child.wait()?;
-    println!("fuzz {target} ended with {}", command::end(status));
+    let end = command::end(status);
+    if status.success() {
+        let printed = fs::read(&*log)?;
+        let figures = figures(&String::from_utf8_lossy(&printed));
+        println!("fuzz {target} ended with {end}: {figures}");
+    } else {
+        let tail = command::tail_of(&mut File::open(&*log)?);
+        println!(
+            "fuzz {target} ended with {end}; the whole log is {}\n{tail}",
+            log.display()
+        );
+    }
     Ok(Count::one(status.success()))
+}
+
+/// What libFuzzer says of a run: how many inputs there were, and how many places in the code they came to.
+fn figures(printed: &str) -> String {
+    let word_behind = |words: &str| {
+        let last = printed
+            .lines()
+            .rev()
+            .find_map(|line| line.split_once(words));
+        last.and_then(|(_, rest)| rest.split_whitespace().next())
+    };
+    let inputs = word_behind("stat::number_of_executed_units:").unwrap_or("?");
+    let places = word_behind(" cov: ").unwrap_or("?");
+    format!("{inputs} inputs, {places} places")
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_figures_are_the_last_ones() {
+        let printed = "#2\tINITED cov: 10 ft: 11\n#9\tDONE   cov: 12 ft: 30 corp: 4/9b\n\
+                       stat::number_of_executed_units: 9\n";
+        assert_eq!(figures(printed), "9 inputs, 12 places");
+        assert_eq!(figures(""), "? inputs, ? places");
+    }
 
     #[test]
     fn each_target_has_seeds_and_is_in_the_manifest() {
