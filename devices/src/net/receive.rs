@@ -34,6 +34,9 @@ pub(super) struct Receive {
     largest: usize,
     /// A packet that waits for the driver to lend more.
     held: Option<Vec<u8>>,
+    /// The next chain has room for nothing. It comes back after those that are lent, which so stay what was taken off the queue
+    /// last, and none behind it can be lent before.
+    roomless_next: bool,
     counters: Arc<NetCounters>,
 }
 
@@ -51,6 +54,7 @@ impl Receive {
             mergeable,
             largest,
             held: None,
+            roomless_next: false,
             counters,
         }
     }
@@ -60,8 +64,7 @@ impl Receive {
         self.queue.index
     }
 
-    /// Where it stands, with all that is lent given back: it is what was taken off the queue last. (But for a driver that puts
-    /// chains between them that have no room for anything: such a chain it gets back twice, and another not at all.)
+    /// Where it stands, with all that is lent given back: it is what was taken off the queue last.
     pub(super) fn position(&self) -> QueuePosition {
         let position = self.queue.position();
         // No more chains than the queue is long.
@@ -142,6 +145,7 @@ impl Receive {
     /// Takes buffers from the driver until a packet of any size fits, or it has lent all it wants to; then it kicks when there
     /// is more.
     fn borrow(&mut self, memory: &GuestMemory, left: &mut u16) -> Result<(), Broken> {
+        self.roomless_next &= self.lent.chains() > 0;
         loop {
             while !self.enough() && *left > 0 {
                 let Some(chain) = self.queue.pop(memory)? else {
@@ -151,10 +155,13 @@ impl Receive {
                 let mut buffers = self.queue.open(memory, &chain)?;
                 let pieces: Vec<VolatileSlice<'_>> =
                     std::iter::from_fn(|| buffers.writable.next_piece(usize::MAX)).collect();
-                if pieces.is_empty() {
-                    self.queue.push_used(memory, chain.head_index(), 0)?;
-                } else {
+                if !pieces.is_empty() {
                     self.lent.add(chain.head_index(), &pieces);
+                } else if self.lent.chains() > 0 {
+                    self.queue.undo_pop();
+                    self.roomless_next = true;
+                } else {
+                    self.queue.push_used(memory, chain.head_index(), 0)?;
                 }
             }
             if self.enough() {
@@ -175,7 +182,9 @@ impl Receive {
 
     /// A driver that has lent all that its queue holds will not lend more; nor can one call of the kernel take more.
     fn all_is_lent(&self) -> bool {
-        self.lent.is_full() || self.lent.chains() >= usize::from(self.queue.size())
+        self.lent.is_full()
+            || self.lent.chains() >= usize::from(self.queue.size())
+            || self.roomless_next
     }
 }
 

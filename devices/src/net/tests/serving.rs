@@ -287,6 +287,30 @@ fn buffers_that_were_lent_are_filled_after_a_suspension_and_packets_meanwhile_ar
 }
 
 #[test]
+fn a_chain_without_room_comes_back_once_whatever_stands_still_meanwhile() {
+    let Some(mut guest) = Guest::new(1, MTU, MRG_RXBUF | STATUS) else {
+        return;
+    };
+    let lent = [100, 100].map(|bytes| guest.driver.add(RECEIVE, &[Buffer::Writable(bytes)]));
+    let roomless = guest.driver.add(RECEIVE, &[Buffer::Readable(&[1; 8])]);
+    guest.lend(RECEIVE, 2, 2048);
+    guest.settle();
+    assert_eq!(guest.driver.used_index(RECEIVE), 0);
+    guest.driver.suspend().unwrap();
+    guest.driver.transport.resume();
+    // What does not fit into those in front of it is lost.
+    guest.send(&[7; 300]);
+    guest.settle();
+    assert_eq!(guest.driver.used_index(RECEIVE), 0);
+    guest.send(&[8; 100]);
+    let heads = [(); 3].map(|()| guest.received(RECEIVE).head);
+    assert_eq!(heads, [lent[0], lent[1], roomless]);
+    guest.send(b"behind it");
+    assert_eq!(text(&guest.received(RECEIVE).data), b"behind it");
+    guest.settle();
+}
+
+#[test]
 fn a_cable_pulled_during_a_suspension_is_told_after_it() {
     let Some(guest) = Guest::new(1, MTU, MRG_RXBUF | STATUS) else {
         return;
