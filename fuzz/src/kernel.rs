@@ -5,7 +5,7 @@ use arbitrary::Unstructured;
 use capsid_devices::memory::slice_of;
 use capsid_devices::testing::memory;
 use capsid_protocol::machine::MemoryMib;
-use capsid_vmm::boot::{Guest, load};
+use capsid_vmm::boot::{Guest, Line, load};
 use capsid_vmm::layout;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use std::fs::File;
@@ -33,16 +33,18 @@ pub(crate) fn run(input: &[u8]) {
     let guest = Guest {
         kernel: &kernel,
         initramfs: initramfs.as_ref(),
-        cmdline: "quiet",
-        serial,
-        maxcpus: None,
+        line: Line {
+            serial,
+            extra: "quiet",
+            ..Line::default()
+        },
     };
     if let Ok(entry) = load(&memory, size, &guest) {
         let room = layout::KERNEL_MIN..layout::low_memory_end(size.bytes());
         assert!(room.contains(&entry.rip), "entered at {:#x}", entry.rip);
     }
     // Below the kernel is nothing but what it is told.
-    let mut low = vec![0; layout::KERNEL_MIN as usize];
+    let mut low = vec![0u8; layout::KERNEL_MIN as usize];
     let below = slice_of(&memory, 0, low.len()).expect("memory");
     below.copy_to(&mut low);
     let told = [
