@@ -133,14 +133,12 @@ impl<S: Serve> VirtioDevice for Plain<S> {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
-        let interest = Interest {
-            readable: true,
-            writable: false,
-        };
         for (token, queue) in (0..).zip(&activation.queues) {
             if let Some(queue) = queue {
                 let fd = queue.kick.as_raw_fd();
-                let watched = self.poller.watch(fd, interest, token, self.core.clone());
+                let watched = self
+                    .poller
+                    .watch(fd, Interest::READ, token, self.core.clone());
                 watched.expect("a kick can be watched");
                 self.watched.push(fd);
             }
