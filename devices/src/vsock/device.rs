@@ -17,7 +17,6 @@ use crate::virtio::device::{
     Activation, Busy, DeviceData, DeviceError, RestoreError, VirtioDevice,
 };
 use crate::virtio::queue::{Positions, ServeError};
-use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -25,6 +24,11 @@ use std::time::{Duration, Instant};
 use vm_memory::VolatileSlice;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::timerfd::TimerFd;
+
+mod suspend;
+
+use suspend::Suspended;
+pub use suspend::VsockState;
 
 /// Device type (virtio 1.2 section 5.10.1).
 const DEVICE_TYPE: u16 = 19;
@@ -65,18 +69,6 @@ pub enum ConnectRefused {
     /// The event loop cannot watch the fd.
     #[error("cannot watch the socket of a vsock connection")]
     Watch(#[source] std::io::Error),
-}
-
-/// What of the device outlives its connections: plain data. Connections are the sockets of one process; whoever takes this state over
-/// tells the driver that they are gone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VsockState {
-    /// The guest's context id.
-    guest_cid: u64,
-    /// Where the search for a free host port goes on, so that a restored guest does not meet the ports of
-    /// connections that it remembers.
-    next_host_port: u32,
 }
 
 /// The device, as the transport holds it.
@@ -232,22 +224,13 @@ impl VirtioDevice for VsockDevice {
     }
 
     fn data(&self) -> DeviceData {
-        let core = self.core();
-        DeviceData::Vsock(VsockState {
-            guest_cid: core.guest_cid,
-            next_host_port: core.table.next_host_port(),
-        })
+        DeviceData::Vsock(self.core().state())
     }
 
     fn restore(&mut self, data: &DeviceData) -> Result<(), RestoreError> {
-        let mut core = self.core();
         match data {
-            DeviceData::Vsock(state) if state.guest_cid == core.guest_cid => {
-                core.table.go_on_at(state.next_host_port);
-                core.owes_reset_event = true;
-                Ok(())
-            }
-            _ => Err(Foreign("context id").into()),
+            DeviceData::Vsock(state) => Ok(self.core().take_over(state)?),
+            _ => Err(Foreign("kind").into()),
         }
     }
 
@@ -301,13 +284,6 @@ impl VsockHandle {
 fn lock(core: &Mutex<Core>) -> MutexGuard<'_, Core> {
     // No panic leaves the core half changed: it ends the VMM.
     core.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// A device that has let go of its queues and keeps its connections.
-struct Suspended {
-    since: Instant,
-    /// Those whose fds are to be watched again.
-    peers: Vec<PeerId>,
 }
 
 /// Everything behind the one lock of the device.
@@ -416,42 +392,6 @@ impl Core {
         if let Some(queues) = self.queues.take() {
             for (_, fd) in queues.kicks() {
                 self.event_loop.forget(fd);
-            }
-        }
-    }
-
-    /// Lets go of the queues and keeps the connections, whose sockets nobody looks at meanwhile.
-    fn suspend(&mut self) -> Positions {
-        let Some(queues) = &self.queues else {
-            return Positions::new();
-        };
-        let positions = queues.positions();
-        self.release_queues();
-        let mut peers = Vec::new();
-        for (id, peer) in self.table.peers() {
-            if peer.watched.take().is_some() {
-                self.event_loop.forget(peer.fd());
-                peers.push(id);
-            }
-        }
-        let since = Instant::now();
-        self.suspended = Some(Suspended { since, peers });
-        self.armed = None;
-        let cleared = self.timer.clear();
-        debug_assert!(cleared.is_ok(), "the kernel refused to clear a timer");
-        positions
-    }
-
-    /// After a suspension: the guest has as much time to answer as it had left.
-    fn watch_again(&mut self) {
-        let Some(Suspended { since, peers }) = self.suspended.take() else {
-            return;
-        };
-        self.table.delay(since.elapsed());
-        for id in peers {
-            if self.watch(id).is_err() {
-                // The kernel has no memory for it: the guest is told that it is over.
-                self.end(id, true);
             }
         }
     }
