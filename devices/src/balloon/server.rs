@@ -34,7 +34,7 @@ enum Kind {
 
 struct Served {
     kind: Kind,
-    /// Also of a queue that is gone, for the driver may go on kicking.
+    /// To be watched.
     kick: Arc<EventFd>,
     /// Gone after the driver broke it.
     queue: Option<ActiveQueue>,

@@ -140,8 +140,6 @@ pub(super) struct Server {
     interrupt: Arc<dyn Interrupt>,
     /// One that the driver broke, or left out, is gone.
     lanes: Vec<Option<Lane>>,
-    /// By queue; also of those that are gone, for the driver may go on kicking.
-    kicks: Vec<Option<Arc<EventFd>>>,
     terms: Terms,
     io: Arc<DiskIo>,
     /// The disk's number in the engine.
@@ -175,11 +173,9 @@ impl Server {
             queue,
             under_way: BTreeSet::new(),
         };
-        let kick = |queue: &Option<ActiveQueue>| Some(queue.as_ref()?.kick.clone());
         Server {
             memory,
             interrupt,
-            kicks: queues.iter().map(kick).collect(),
             lanes: queues.into_iter().map(|queue| queue.map(lane)).collect(),
             terms,
             io,
@@ -195,15 +191,14 @@ impl Server {
     /// delivered may be of the next activation.
     pub(super) fn stop(&mut self) {
         self.lanes.fill_with(|| None);
-        self.kicks.clear();
         self.io.cancel(self.number);
     }
 
     /// The kicks to watch, with the queues' numbers.
     pub(super) fn kicks(&self) -> Vec<(u64, Arc<EventFd>)> {
-        let numbered = (0u64..).zip(&self.kicks);
+        let numbered = (0u64..).zip(&self.lanes);
         numbered
-            .filter_map(|(index, kick)| Some((index, kick.clone()?)))
+            .filter_map(|(index, lane)| Some((index, lane.as_ref()?.queue.kick.clone())))
             .collect()
     }
 

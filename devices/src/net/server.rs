@@ -84,7 +84,7 @@ pub(super) struct Server {
     event_loop: Arc<dyn EventLoop>,
     pairs: Vec<Pair>,
     control: Option<Control>,
-    /// By queue; also of those that are gone, for the driver may go on kicking.
+    /// By queue, to be watched.
     kicks: Vec<Option<Arc<EventFd>>>,
     /// Pairs that the driver may use.
     agreed: u16,

@@ -163,8 +163,7 @@ pub trait VirtioDevice: Send {
     /// Takes live queues. Kicks arrive on each queue's `kick` eventfd, which the device watches on its own
     /// thread or on the event loop it was built for.
     ///
-    /// The event loop is level-triggered and the driver may kick for ever: a device that gives a queue up
-    /// still takes its kicks away, or stops watching them.
+    /// Each kick is one event ([`crate::event::Interest::KICK`]): nobody takes it away, also of a queue that the device has given up.
     ///
     /// # Errors
     /// The device cannot work; the transport sets DEVICE_NEEDS_RESET.
