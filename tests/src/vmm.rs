@@ -168,6 +168,7 @@ pub struct Running {
     child: Child,
     serial: BufReader<File>,
     said: Vec<String>,
+    beside: String,
 }
 
 /// How a guest ended.
@@ -177,6 +178,8 @@ pub struct Ended {
     pub code: i32,
     /// What the script said, by lines.
     pub said: Vec<String>,
+    /// What else came out of the serial port: commands that complained, a kernel that had to.
+    pub beside: String,
     /// What the VMM said.
     pub stderr: String,
 }
@@ -215,6 +218,7 @@ impl Guest<'_> {
             child: child.expect("capsid-vmm is on the PATH"),
             serial: BufReader::new(File::from(said)),
             said: Vec::new(),
+            beside: String::new(),
         }
     }
 
@@ -272,7 +276,8 @@ impl Running {
     /// It ends without.
     pub fn until_it_says(&mut self, words: &str) {
         while self.said.last().is_none_or(|last| last != words) {
-            assert!(self.listen(), "no {words:?} in {:?}", self.said);
+            let more = self.listen();
+            assert!(more, "no {words:?} in {:?}: {}", self.said, self.beside);
         }
     }
 
@@ -304,6 +309,7 @@ impl Running {
         Ended {
             code: status.code().unwrap_or(-1),
             said: std::mem::take(&mut self.said),
+            beside: std::mem::take(&mut self.beside),
             stderr: String::from_utf8_lossy(&stderr).into_owned(),
         }
     }
@@ -316,8 +322,10 @@ impl Running {
             return false;
         }
         let line = String::from_utf8_lossy(&line);
-        let said = line.trim_end().strip_prefix(MARK);
-        self.said.extend(said.map(str::to_owned));
+        match line.strip_prefix(MARK) {
+            Some(said) => self.said.push(said.trim_end().to_owned()),
+            None => self.beside.push_str(&line),
+        }
         true
     }
 }

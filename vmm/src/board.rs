@@ -1,7 +1,7 @@
 //! The board: the guest's buses and the devices on them. PCI places are given out in the order of the calls, which is the order
 //! in which Linux finds them, each with a window of its own for its BAR.
 
-use crate::end::Ends;
+use crate::end::{End, Ends};
 use crate::kvm::KvmError;
 use crate::kvm::vm::Vm;
 use crate::layout;
@@ -17,13 +17,12 @@ use capsid_devices::pci::{
     PlaceError, SLOTS,
 };
 use capsid_devices::pvpanic::{PVPANIC_BAR_BYTES, PvPanic};
-use capsid_devices::serial::{SERIAL_IRQ, SERIAL_PORT, SERIAL_PORT_BYTES, Serial};
+use capsid_devices::serial::{InterruptLine, SERIAL_IRQ, SERIAL_PORT, SERIAL_PORT_BYTES, Serial};
 use capsid_devices::virtio::device::VirtioDevice;
 use capsid_devices::virtio::pci::{BAR_BYTES, BarAddress, TransportError, VirtioPci};
-use std::io;
+use capsid_protocol::exit::VmmExit;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 const _: () = {
     assert!(BAR_BYTES as u64 <= WINDOW_BYTES && PVPANIC_BAR_BYTES as u64 <= WINDOW_BYTES);
@@ -38,9 +37,6 @@ pub enum BoardError {
     /// KVM refused an interrupt or a notification.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// No eventfd.
-    #[error("cannot make the interrupt of the serial port")]
-    Interrupt(#[source] io::Error),
     /// Two devices in one place; a defect of the layout.
     #[error("cannot place a device on its bus")]
     Bus(#[from] BusError),
@@ -56,6 +52,20 @@ pub enum BoardError {
     /// A virtio device.
     #[error(transparent)]
     Transport(#[from] TransportError),
+}
+
+/// The serial port's line into the interrupt controllers.
+struct SerialLine {
+    vm: Vm,
+    ends: Ends,
+}
+
+impl InterruptLine for SerialLine {
+    fn set(&self, up: bool) {
+        if let Err(error) = self.vm.set_line(layout::SERIAL_GSI, up) {
+            self.ends.report(End::from_error(VmmExit::KvmError, &error));
+        }
+    }
 }
 
 /// The buses while devices are put on them.
@@ -105,9 +115,10 @@ impl<'a> Board<'a> {
         ends: &Ends,
         poller: &Arc<Poller>,
     ) -> Result<Arc<Serial>, BoardError> {
-        let line = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(BoardError::Interrupt)?;
-        self.vm.add_irqfd(&line, layout::SERIAL_GSI)?;
-        let line = Some(Arc::new(line));
+        let line: Option<Arc<dyn InterruptLine>> = Some(Arc::new(SerialLine {
+            vm: self.vm.clone(),
+            ends: ends.clone(),
+        }));
         let serial = Arc::new(match output {
             Some(fd) => Serial::with_output(line, fd, poller.clone()),
             None => Serial::new(line),

@@ -3,11 +3,12 @@
 //! Each byte goes into a bounded [`ring`], whose last lines explain a failure, and to the [`output`] fd where
 //! there is one. There is no input: nothing of the host is ever buffered for the guest (B2.13).
 //!
-//! The transmitter is always empty, whatever becomes of the output, so the guest's driver never waits. An
-//! interrupt (ISA line 4, edge-triggered) is sent when "transmitter empty" becomes pending while it is
+//! The transmitter is always empty, whatever becomes of the output, so the guest's driver never waits. The
+//! interrupt line (ISA line 4, edge-triggered) is up while "transmitter empty" is pending and
 //! enabled and OUT2 is set, as on a PC: Linux's console polls, but a tty is driven by this interrupt
 //! (drivers/tty/serial/8250/8250_port.c; without it serial8250_do_startup finds UART_BUG_THRE and sends 16
-//! bytes a timer tick). Registers are those of the PC16550D; only accesses of one byte mean something.
+//! bytes a timer tick). The line has moved when the access is over, or a guest that powers off after its last
+//! words would not have sent them. Registers are those of the PC16550D; only accesses of one byte mean something.
 
 mod output;
 mod ring;
@@ -25,7 +26,6 @@ use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
-use vmm_sys_util::eventfd::EventFd;
 
 /// First port of the first serial port of a PC.
 pub const SERIAL_PORT: u64 = 0x3f8;
@@ -86,15 +86,21 @@ struct Inner {
     output: Option<Output>,
 }
 
+/// An input of an interrupt controller.
+pub trait InterruptLine: Send + Sync {
+    /// Moves it. The controller knows when this returns.
+    fn set(&self, up: bool);
+}
+
 /// The UART, on the port bus at [`SERIAL_PORT`].
 pub struct Serial {
     inner: Arc<Mutex<Inner>>,
-    interrupt: Option<Arc<EventFd>>,
+    interrupt: Option<Arc<dyn InterruptLine>>,
 }
 
 impl Serial {
-    /// A UART whose bytes go into the ring alone; `interrupt` is signalled for each edge of its line.
-    pub fn new(interrupt: Option<Arc<EventFd>>) -> Serial {
+    /// A UART whose bytes go into the ring alone.
+    pub fn new(interrupt: Option<Arc<dyn InterruptLine>>) -> Serial {
         Serial {
             inner: Arc::new(Mutex::new(Inner {
                 registers: SerialState::default(),
@@ -107,7 +113,7 @@ impl Serial {
 
     /// The same that also writes to `fd`: see [`output`] for what happens when it is slow or gone.
     pub fn with_output(
-        interrupt: Option<Arc<EventFd>>,
+        interrupt: Option<Arc<dyn InterruptLine>>,
         fd: OwnedFd,
         event_loop: Arc<dyn EventLoop>,
     ) -> Serial {
@@ -123,7 +129,7 @@ impl Serial {
         self.lock().registers.clone()
     }
 
-    /// Takes the state of another one.
+    /// Takes the state of another one. Its line is the interrupt controller's to know.
     ///
     /// # Errors
     /// It is none.
@@ -155,6 +161,18 @@ impl Serial {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An access, and what becomes of the line by it: under one lock, so that it never stays behind the registers.
+    fn access<T>(&self, access: impl FnOnce(&mut Inner) -> T) -> T {
+        let mut inner = self.lock();
+        let before = inner.registers.line();
+        let result = access(&mut inner);
+        let now = inner.registers.line();
+        if let Some(interrupt) = self.interrupt.as_ref().filter(|_| now != before) {
+            interrupt.set(now);
+        }
+        result
     }
 }
 
@@ -277,7 +295,7 @@ impl BusDevice for Serial {
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
         if let [byte] = data {
-            *byte = self.lock().registers.read(offset);
+            *byte = self.access(|inner| inner.registers.read(offset));
         }
     }
 
@@ -285,17 +303,11 @@ impl BusDevice for Serial {
         let [value] = data else {
             return;
         };
-        let mut inner = self.lock();
-        let before = inner.registers.line();
-        if let Some(byte) = inner.registers.write(offset, *value) {
-            inner.send(byte);
-        }
-        if inner.registers.line() && !before {
-            if let Some(interrupt) = &self.interrupt {
-                // Fails only when the counter is full, and then an interrupt is on its way.
-                let _ = interrupt.write(1);
+        self.access(|inner| {
+            if let Some(byte) = inner.registers.write(offset, *value) {
+                inner.send(byte);
             }
-        }
+        });
     }
 }
 

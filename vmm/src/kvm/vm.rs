@@ -109,14 +109,15 @@ impl Vm {
             .map_err(failed("KVM_IOEVENTFD"))
     }
 
-    /// Connects `event` to a line of the 8259 and the IOAPIC.
+    /// Moves a line of the 8259 and the IOAPIC, before it returns: an irqfd would leave that to a worker of the kernel, for a line that is
+    /// no message, and the guest goes on meanwhile.
     ///
     /// # Errors
     /// KVM refused.
-    pub fn add_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), KvmError> {
+    pub fn set_line(&self, gsi: u32, up: bool) -> Result<(), KvmError> {
         self.fd
-            .register_irqfd(event, gsi)
-            .map_err(failed("KVM_IRQFD"))
+            .set_irq_line(gsi, up)
+            .map_err(failed("KVM_IRQ_LINE"))
     }
 }
 

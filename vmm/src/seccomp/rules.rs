@@ -25,6 +25,8 @@ const BLKPBSZGET: u32 = 0x127b;
 /// What a tap device is, and the size of its header.
 const TUNGETIFF: u32 = 0x8004_54d2;
 const TUNSETVNETHDRSZ: u32 = 0x4004_54d8;
+/// `KVM_IRQ_LINE`.
+const KVM_IRQ_LINE: u32 = 0x4008_ae61;
 /// `KVM_RUN`.
 const KVM_RUN: u32 = 0xae80;
 /// `KVM_SIGNAL_MSI`.
@@ -102,6 +104,8 @@ pub(super) const MAIN_AND_VCPU: &[Rule] = &[
 /// A vCPU's thread.
 pub(super) const VCPU: &[Rule] = &[
     when!(SYS_ioctl, 1, Test::Is(KVM_RUN)),
+    // The serial port's interrupt.
+    when!(SYS_ioctl, 1, Test::Is(KVM_IRQ_LINE)),
     // A network card is activated here, and then told what the driver takes.
     when!(SYS_ioctl, 1, Test::Is(TAP_SET_OFFLOAD)),
 ];

@@ -424,6 +424,7 @@ fn the_serial_port_bears_a_hostile_guest() {
     let all = [
         "an honest request at first: ok",
         "registers of the serial port: ok",
+        "the interrupt of the serial port: ok",
         "a flood of the serial port: ok",
     ];
     let played = Play::begin(Vmm::new(&guest), "serial").end_with(|ended| {

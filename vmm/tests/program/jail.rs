@@ -333,9 +333,9 @@ fn base_fds(ring: bool) -> BTreeMap<String, usize> {
         ("eventpoll", 1),
         ("signalfd", 1),
         ("timerfd", 1),
-        // The end of the VM, the serial port's interrupt, vsock that has room again, completions of the disks, a pause that is reached;
+        // The end of the VM, vsock that has room again, completions of the disks, a pause that is reached;
         // and one for each queue: 1 of rng, 3 of vsock, 5 of the balloon, 1 of the disk, 2 of the share.
-        ("eventfd", 5 + 12),
+        ("eventfd", 4 + 12),
         ("io_uring", usize::from(ring)),
         // Where the share begins, and where its threads find their own descriptors.
         ("root of a share", 1),

@@ -5,8 +5,9 @@ use super::rng::Rng;
 use crate::cpu::{inp, out, out_many};
 use crate::report::{At, Outcome, same};
 
-pub(super) const CHAPTERS: [Named<Rng>; 2] = [
+pub(super) const CHAPTERS: [Named<Rng>; 3] = [
     ("registers of the serial port", registers),
+    ("the interrupt of the serial port", interrupts),
     ("a flood of the serial port", flood),
 ];
 
@@ -62,6 +63,44 @@ fn looped() -> Outcome {
     out_many(PORT, &SENT);
     let came = SENT.iter().filter(|_| inp::<u8>(PORT) == 0x55).count();
     same("bytes that went round", came as u64, FIFO_BYTES as u64)
+}
+
+/// The first interrupt controller (8259A): it is asked for interrupts, the guest takes none.
+const PIC: u16 = 0x20;
+const PIC_DATA: u16 = PIC + 1;
+/// Whether an interrupt waits, and which; that one is begun by the question.
+const POLL: u8 = 0x0c;
+const POLLED: u8 = 0x80;
+const END: u8 = 0x20;
+const LINE: u8 = 4;
+
+/// It is there when the access is over, so that a guest which sends its last words and powers off has sent them.
+fn interrupts(_rng: &mut Rng) -> Outcome {
+    const ROUNDS: u64 = 1000;
+    const EMPTY_ENABLED: u8 = 0x02;
+    const OUT2: u8 = 0x08;
+    const INTERRUPT_ID: u16 = FIFO_CONTROL;
+    // Edges, a second controller at line 2, vectors from 0x20 on, no automatic end; and no line but that of the port.
+    out(PIC, 0x11u8);
+    [0x20, 0x04, 0x01, !(1 << LINE)]
+        .into_iter()
+        .for_each(|word: u8| out(PIC_DATA, word));
+    out(MODEM_CONTROL, OUT2);
+    let polled = || {
+        out(PIC, POLL);
+        inp::<u8>(PIC)
+    };
+    for round in 0..ROUNDS {
+        out(INTERRUPT_ENABLE, EMPTY_ENABLED);
+        same("an interrupt", polled(), POLLED | LINE).at("round", round)?;
+        out(PIC, END);
+        same("no other", polled() & POLLED, 0u8).at("round", round)?;
+        same("empty", inp::<u8>(INTERRUPT_ID) & 0x0f, 2u8).at("round", round)?;
+        out(INTERRUPT_ENABLE, 0u8);
+    }
+    out(MODEM_CONTROL, 0u8);
+    out(PIC_DATA, u8::MAX);
+    Ok(())
 }
 
 /// 96 KiB of what moves a terminal's cursor, in lines of a page: more than the VMM keeps.
