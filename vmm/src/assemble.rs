@@ -38,11 +38,11 @@ use kvm_bindings::KVM_MAX_CPUID_ENTRIES;
 use kvm_ioctls::{Cap, Kvm};
 use std::fs::File;
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
-/// Descriptors for the files that the guest has open, over all shares; the rest of [`jail::OPEN_FILES_MAX`] is for
-/// connections and for the VMM itself.
+/// Descriptors for the files that the guest has open, over all shares. Each share has a table of its own, of [`jail::OPEN_FILES_MAX`];
+/// this bounds what the kernel keeps for all of them.
 const SHARE_FDS_MAX: usize = 12 * 1024;
 
 /// PCI functions besides memory that is plugged, disks, network cards and shares: pvpanic, rng, vsock, balloon.
@@ -219,7 +219,7 @@ pub fn assemble(inherited: Inherited, phases: &Phases) -> Result<Machine, Assemb
     let balloon = add_balloon(&mut board, config, &memory, &poller)?;
     let disks = add_disks(&mut board, config, inherited.disks, &poller)?;
     add_nics(&mut board, config, inherited.nics, &poller)?;
-    add_shares(&mut board, config, inherited.shares)?;
+    add_shares(&mut board, config, inherited.shares, &poller)?;
     let (buses, slots) = board.finish()?;
     phases.ended("devices");
 
@@ -433,12 +433,22 @@ fn add_shares(
     board: &mut Board<'_>,
     config: &MachineConfig,
     trees: Vec<OwnedFd>,
+    poller: &Arc<Poller>,
 ) -> Result<(), AssembleError> {
     if trees.is_empty() {
         return Ok(());
     }
     let filter = Arc::new(seccomp::compile(ThreadKind::FileSystem)?);
     let each = (SHARE_FDS_MAX / trees.len()).max(FD_BUDGET_MIN);
+    let vm = board.vm().clone();
+    let kept = [
+        vm.as_fd(),
+        // Where a thread hears of what to do, and tells what came of it.
+        #[cfg(feature = "drill")]
+        rustix::stdio::stdin(),
+        #[cfg(feature = "drill")]
+        rustix::stdio::stdout(),
+    ];
     for (share, tree) in config.shares.iter().zip(trees) {
         let tag = share.tag.clone();
         let filter = Arc::clone(&filter);
@@ -448,7 +458,9 @@ fn add_shares(
             uid: config.jail.uid,
             gid: config.jail.gid,
             fd_budget: each,
+            kept: &kept,
             seal: Arc::new(move || seccomp::confine(&filter).map_err(io::Error::other)),
+            event_loop: poller.clone(),
         })?;
         let label = Label {
             id: tag,

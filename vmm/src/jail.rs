@@ -32,8 +32,7 @@ use rustix::thread::{
     set_thread_res_gid, set_thread_res_uid,
 };
 
-/// The most fds that the process may have open: its own, those of the guest's connections and those of
-/// its shares.
+/// The most fds in one table: that of the process, with the guest's connections, or that of a share's threads.
 pub const OPEN_FILES_MAX: u64 = 16 * 1024;
 
 /// A part of the jail that could not be set up.

@@ -41,7 +41,7 @@ impl Session {
     ) -> Result<(), Errno> {
         let file = changes.fh.map(|fh| self.file(node, fh)).transpose()?;
         // An O_PATH descriptor serves all but the size. Calls that take none of it take its name below
-        // /proc/self/fd, whose last link is the file itself, whatever it is.
+        // /proc/thread-self/fd, whose last link is the file itself, whatever it is.
         let fd = self.fd(node)?;
         let here = DecInt::from_fd(&fd);
         let here = here.as_c_str();

@@ -26,7 +26,12 @@ impl BareShare {
         drop_privileges(id, id)?;
         own_working_directory(proc_fds.as_fd())?;
         Ok(BareShare {
-            server: Server::new(root, Arc::new(proc_fds), split_budget(FD_BUDGET_MIN)),
+            server: Server::new(
+                root,
+                Arc::new(proc_fds),
+                split_budget(FD_BUDGET_MIN),
+                Arc::default(),
+            ),
             scratch: Scratch::new(),
         })
     }

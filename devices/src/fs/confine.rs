@@ -1,21 +1,22 @@
 //! What a file-system thread gives up before it reads the guest's first byte. All of it is about the calling
 //! thread and the threads it starts, never about the rest of the process.
 //!
-//! In order: its own mount namespace with everything private; the share as its root and nothing else in
-//! it; then another identity, without every privilege but those that being true to owners, modes and
-//! attributes takes.
+//! In order: a descriptor table of its own, without what the VMM holds; its own mount namespace with everything
+//! private; the share as its root and nothing else in it; then another identity, without every privilege but
+//! those that being true to owners, modes and attributes takes.
 //!
 //! The thread is *not* root: its user ids are those of the jail, and only the id that file systems look at
 //! (`fsuid`) is 0. Root without capabilities would still own every sysctl. And it has no
 //! CAP_DAC_READ_SEARCH: with that and `open_by_handle_at` a thread taken over could open any file of the
 //! share's file system, inside the share or not (the reason for [`super::nodes`]).
 //!
-//! What is left to it: descriptors are the whole process's. A thread taken over reads and writes what the VMM holds, by
-//! `/proc/self/fd` it opens such a file anew, for writing too, and changes its mode and owner. A disk has no descriptor where
-//! the host has io_uring ([`crate::blk`]). Where it has not, an owner that gives a read-only disk beside a share opens it on a
-//! read-only mount, which holds against that as well; for the serial port and the report it has pipes and files without a name.
+//! The table is why a thread taken over reaches no disk, no other share and no file of the serial port: with the process's it
+//! would write them by their numbers, and by `/proc/self/fd` open them anew, whatever they were opened for. What it has of the
+//! process's are eventfds, what interrupts are sent by, and standard error, where a panic is told: an owner gives a pipe there, or
+//! a file without a name. Since a number means one thing here and another there, no descriptor is ever handed to a thread of the
+//! other side to be closed; [`super::threads`] says how what holds some is kept apart.
 //!
-//! `unsafe`: `unshare` and `mount_setattr` have no safe wrapper.
+//! `unsafe`: `unshare`, `close_range` and `mount_setattr` have no safe wrapper; a number that both tables have is borrowed.
 #![allow(unsafe_code)]
 
 use super::credentials::{set_gid, set_uid};
@@ -28,10 +29,11 @@ use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, UnshareFlags,
     clear_ambient_capability_set, remove_capability_from_bounding_set, set_capabilities,
     set_capabilities_secure_bits, set_no_new_privs, set_thread_groups, set_thread_res_gid,
-    set_thread_res_uid,
+    set_thread_res_uid, unshare_unsafe,
 };
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Everything that a file-system thread may do beyond an ordinary user, each with what would break:
 ///
@@ -79,8 +81,66 @@ fn at<T>(step: &'static str, result: rustix::io::Result<T>) -> Result<T, Confine
     })
 }
 
+/// An eventfd that the process and the threads of a share both have, under one number in two tables. The process owns it and keeps it
+/// open as long as it signals; in the other table it lasts as long as that.
+#[derive(Clone, Copy)]
+pub(crate) struct Signal(RawFd);
+
+impl Signal {
+    /// That of an eventfd, which [`own_descriptors`] is then told to keep.
+    pub(crate) fn of(event: &EventFd) -> Signal {
+        Signal(event.as_raw_fd())
+    }
+
+    pub(crate) fn number(self) -> RawFd {
+        self.0
+    }
+
+    pub(crate) fn send(self) {
+        // SAFETY: the number is of this eventfd in the table of whoever calls, see above.
+        let event = unsafe { BorrowedFd::borrow_raw(self.0) };
+        // A full counter is as readable.
+        let _full = rustix::io::write(event, &1u64.to_ne_bytes());
+    }
+}
+
+/// Gives the calling thread, and those that it starts, a descriptor table of their own, which holds standard error, `kept` and `tree`
+/// under the numbers that they have in the process's. The tree there is the caller's.
+///
+/// The caller holds nothing that would close a descriptor of the process: it would be another one from now on. The first two that it
+/// opens get the numbers of standard input and output, so they are to last as long as the table, and not for reading or writing.
+pub(crate) fn own_descriptors(tree: RawFd, kept: &[RawFd]) -> Result<OwnedFd, ConfineError> {
+    // SAFETY: this thread has borrowed numbers alone, and what it opens from now on stays with the threads of this table.
+    let unshared = unsafe { unshare_unsafe(UnshareFlags::FILES) };
+    at("unshare the descriptors", unshared)?;
+    let mut kept: Vec<RawFd> = [libc::STDERR_FILENO, tree]
+        .into_iter()
+        .chain(kept.iter().copied())
+        .collect();
+    kept.sort_unstable();
+    let mut first = 0;
+    for number in kept {
+        close_range(first, number.saturating_sub(1))?;
+        first = number.saturating_add(1);
+    }
+    close_range(first, RawFd::MAX)?;
+    // SAFETY: it is open in this table, and nobody else here knows of it.
+    Ok(unsafe { OwnedFd::from_raw_fd(tree) })
+}
+
+/// Closes the descriptors from `first` to `last`, if there are any.
+fn close_range(first: RawFd, last: RawFd) -> Result<(), ConfineError> {
+    if last < first {
+        return Ok(());
+    }
+    // SAFETY: it takes numbers alone, and in this table nobody owns any of them yet.
+    let closed = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+    at("close the VMM's descriptors", result_of(closed))
+}
+
 /// Gives the calling thread a mount namespace whose only mounts are those of `tree`, of which no descriptor is left. Returns
-/// `/proc/self/fd` as a mount of its own: nothing of procfs can be reached from it, not even by `..`.
+/// `/proc/thread-self/fd` as a mount of its own: nothing of procfs can be reached from it, not even by `..`. `/proc/self/fd` would be the
+/// process's.
 pub(crate) fn enter_tree(tree: OwnedFd) -> Result<OwnedFd, ConfineError> {
     let st = at("look at the share's tree", rustix::fs::fstat(&tree))?;
     if FileType::from_raw_mode(st.st_mode) != FileType::Directory {
@@ -97,10 +157,10 @@ pub(crate) fn enter_tree(tree: OwnedFd) -> Result<OwnedFd, ConfineError> {
     at("make the mounts private", mount_change(c"/", private))?;
     let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let fds = at(
-        "open /proc/self/fd",
-        open_tree(CWD, c"/proc/self/fd", clone),
+        "open /proc/thread-self/fd",
+        open_tree(CWD, c"/proc/thread-self/fd", clone),
     )?;
-    if at("look at /proc/self/fd", rustix::fs::fstatfs(&fds))?.f_type != PROC_MAGIC {
+    if at("look at /proc/thread-self/fd", rustix::fs::fstatfs(&fds))?.f_type != PROC_MAGIC {
         return at("find procfs at /proc", Err(rustix::io::Errno::INVAL));
     }
     at("restrict the share's mounts", restrict_mounts(tree.as_fd()))?;
@@ -134,11 +194,14 @@ pub(crate) fn open_root() -> Result<OwnedFd, ConfineError> {
 }
 
 /// Gives the calling thread a working directory and a umask of its own: the directory is
-/// `/proc/self/fd`, because the xattr calls take no directory descriptor, and the guest's kernel applies
+/// `/proc/thread-self/fd`, because the xattr calls take no directory descriptor, and the guest's kernel applies
 /// the umask.
 pub(crate) fn own_working_directory(proc_fds: BorrowedFd<'_>) -> Result<(), ConfineError> {
     at("unshare the working directory", unshare(UnshareFlags::FS))?;
-    at("enter /proc/self/fd", rustix::process::fchdir(proc_fds))?;
+    at(
+        "enter /proc/thread-self/fd",
+        rustix::process::fchdir(proc_fds),
+    )?;
     rustix::process::umask(Mode::empty());
     Ok(())
 }
@@ -181,9 +244,8 @@ pub(crate) fn drop_privileges(uid: u32, gid: u32) -> Result<(), ConfineError> {
 }
 
 pub(super) fn unshare(flags: UnshareFlags) -> rustix::io::Result<()> {
-    // SAFETY: it is unsafe for CLONE_FILES alone, which would give this thread a descriptor table of its
-    // own; no caller here passes it.
-    unsafe { rustix::thread::unshare_unsafe(flags) }
+    // SAFETY: it is unsafe for CLONE_FILES alone, for which there is `own_descriptors`; no caller here passes it.
+    unsafe { unshare_unsafe(flags) }
 }
 
 fn restrict_mounts(tree: BorrowedFd<'_>) -> rustix::io::Result<()> {
@@ -205,7 +267,12 @@ fn restrict_mounts(tree: BorrowedFd<'_>) -> rustix::io::Result<()> {
             size_of::<libc::mount_attr>(),
         )
     };
-    match result {
+    result_of(result)
+}
+
+/// What a system call without a wrapper came to.
+fn result_of(returned: libc::c_long) -> rustix::io::Result<()> {
+    match returned {
         0 => Ok(()),
         _ => Err(
             rustix::io::Errno::from_io_error(&io::Error::last_os_error())

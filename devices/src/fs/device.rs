@@ -1,10 +1,14 @@
 //! The virtio-fs device (virtio 1.2 section 5.11) and how a share's threads come to be.
 
-use super::confine::{ConfineError, drop_privileges, enter_tree, open_root, own_working_directory};
+use super::confine::{
+    ConfineError, Signal, drop_privileges, enter_tree, open_root, own_descriptors,
+    own_working_directory,
+};
 use super::server::Server;
 use super::session::FdBudget;
-use super::threads::Pool;
+use super::threads::{Pool, Signals};
 use crate::counters::Counters;
+use crate::event::{EventLoop, Interest, Readiness, Subscriber};
 use crate::state::Foreign;
 use crate::virtio::device::{
     Activation, Busy, DeviceData, DeviceError, RestoreError, VirtioDevice,
@@ -13,11 +17,11 @@ use crate::virtio::queue::Positions;
 use nix::sys::signal::SigSet;
 use serde::{Deserialize, Serialize};
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{Arc, mpsc};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 /// Device type 26: file system.
 const DEVICE_TYPE: u16 = 26;
@@ -44,7 +48,7 @@ const NODE_FDS_MAX: usize = 4096;
 pub type Seal = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 /// Everything that a share is made of.
-pub struct ShareSetup {
+pub struct ShareSetup<'a> {
     /// Mount tag, 1 to 36 bytes of UTF-8 without NUL.
     pub tag: String,
     /// A detached mount tree (`open_tree(2)` with OPEN_TREE_CLONE and AT_RECURSIVE) whose root is a
@@ -54,12 +58,15 @@ pub struct ShareSetup {
     pub uid: u32,
     /// Its group, never 0.
     pub gid: u32,
-    /// Descriptors that this share may have open for the guest, at least [`FD_BUDGET_MIN`]. The VMM's
-    /// RLIMIT_NOFILE must hold the budgets of all shares and its own needs, and the threads use up to four
-    /// more each for moments.
+    /// Descriptors that this share may have open for the guest, at least [`FD_BUDGET_MIN`]. RLIMIT_NOFILE must
+    /// hold it and some 30 more: the threads use up to four each for moments.
     pub fd_budget: usize,
+    /// What interrupts are sent by, and the seal works with: the threads have it under the number that it has here.
+    pub kept: &'a [BorrowedFd<'a>],
     /// Called on each thread last.
     pub seal: Seal,
+    /// Hears of the threads when the device is to stand still.
+    pub event_loop: Arc<dyn EventLoop>,
 }
 
 /// What a share knows: plain data.
@@ -97,6 +104,15 @@ pub enum ShareError {
         /// The step that failed.
         #[source]
         cause: ConfineError,
+    },
+    /// No eventfd.
+    #[error("share {tag:?}: cannot make the eventfds of its threads, or watch them")]
+    Events {
+        /// The share.
+        tag: String,
+        /// Why.
+        #[source]
+        cause: io::Error,
     },
     /// No thread, or it could not be sealed.
     #[error("share {tag:?}: cannot {what}")]
@@ -136,15 +152,15 @@ impl ThreadError {
 /// everything given up, and the device can be put on the bus.
 ///
 /// To be called while the process still has CAP_SYS_ADMIN, CAP_SETPCAP and the capabilities that the threads
-/// keep, and `/proc` is procfs. Nothing of the rest of the process changes: each thread has its own mount
-/// namespace, working directory, umask, identity, capabilities and filter. The process then drops its own
+/// keep, and `/proc` is procfs. Nothing of the rest of the process changes: the threads have their own descriptors,
+/// mount namespace, working directory, umask, identity, capabilities and filter. The process then drops its own
 /// privileges with calls that reach one thread only (raw system calls; glibc's `setresuid` and TSYNC would
-/// reach these threads too), and keeps `/proc/self/fd` readable for its own threads, which the kernel grants
+/// reach these threads too), and keeps `/proc/thread-self/fd` readable for its own threads, which the kernel grants
 /// whatever their identities are.
 ///
 /// # Errors
 /// [`ShareError`] says what could not be done; the threads started so far end.
-pub fn spawn_share_threads(setup: ShareSetup) -> Result<VirtioFs, ShareError> {
+pub fn spawn_share_threads(setup: ShareSetup<'_>) -> Result<VirtioFs, ShareError> {
     let tag = setup.tag;
     if tag.is_empty() || tag.len() > TAG_MAX_BYTES || tag.contains('\0') {
         return Err(ShareError::Tag(tag));
@@ -156,17 +172,33 @@ pub fn spawn_share_threads(setup: ShareSetup) -> Result<VirtioFs, ShareError> {
         let budget = setup.fd_budget;
         return Err(ShareError::Budget { tag, budget });
     }
+    let events = Events::new().map_err(|cause| ShareError::Events {
+        tag: tag.clone(),
+        cause,
+    })?;
     let (report, reports) = mpsc::channel();
-    let (seal, identity) = (setup.seal, (setup.uid, setup.gid));
-    let (tree, budget) = (setup.tree, split_budget(setup.fd_budget));
-    let lead = move || lead(tree, identity, budget, &seal, report);
-    let leader = spawn(0, lead).map_err(|error| error.of(tag.clone()))?;
-    let mut share = None;
+    let pool = Arc::new(Pool::new(events.signals()));
+    let start = Start {
+        // Numbers: the threads' table has these descriptors as well, and the process's are closed here.
+        tree: setup.tree.as_raw_fd(),
+        kept: setup
+            .kept
+            .iter()
+            .map(BorrowedFd::as_raw_fd)
+            .chain(events.numbers())
+            .collect(),
+        identity: (setup.uid, setup.gid),
+        budget: split_budget(setup.fd_budget),
+        seal: setup.seal,
+        pool: pool.clone(),
+    };
+    let leader = spawn(0, move || lead(start, report)).map_err(|error| error.of(tag.clone()))?;
+    let mut followers = None;
     let mut ready = 0;
     while ready < SHARE_THREADS {
         match reports.recv() {
             Ok(Report::Ready) => ready += 1,
-            Ok(Report::Confined(pool, threads)) => share = Some((pool, threads)),
+            Ok(Report::Confined(threads)) => followers = Some(threads),
             Ok(Report::Failed(error)) => {
                 return Err(error.of(tag));
             }
@@ -174,10 +206,10 @@ pub fn spawn_share_threads(setup: ShareSetup) -> Result<VirtioFs, ShareError> {
             Err(mpsc::RecvError) => break,
         }
     }
-    match share {
-        Some((pool, mut threads)) if ready == SHARE_THREADS => {
+    match followers {
+        Some(mut threads) if ready == SHARE_THREADS => {
             threads.push(leader);
-            Ok(VirtioFs { tag, pool, threads })
+            VirtioFs::new(tag, pool, events, threads, setup.event_loop)
         }
         _ => Err(ShareError::Thread {
             tag,
@@ -195,38 +227,90 @@ pub(super) fn split_budget(descriptors: usize) -> FdBudget {
     }
 }
 
+/// The eventfds of a share. The process owns them, and its threads have them as well.
+struct Events {
+    kicks: [Arc<EventFd>; 2],
+    wake: EventFd,
+    left: EventFd,
+}
+
+impl Events {
+    fn new() -> io::Result<Events> {
+        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
+        Ok(Events {
+            kicks: [Arc::new(event()?), Arc::new(event()?)],
+            wake: event()?,
+            left: event()?,
+        })
+    }
+
+    fn signals(&self) -> Signals {
+        let [priority, requests] = &self.kicks;
+        Signals {
+            kicks: [Signal::of(priority), Signal::of(requests)],
+            wake: Signal::of(&self.wake),
+            left: Signal::of(&self.left),
+        }
+    }
+
+    fn numbers(&self) -> [RawFd; 4] {
+        let Signals { kicks, wake, left } = self.signals();
+        let [priority, requests] = kicks;
+        [priority, requests, wake, left].map(Signal::number)
+    }
+}
+
+/// What the first thread begins with: nothing that closes a descriptor.
+struct Start {
+    tree: RawFd,
+    kept: Vec<RawFd>,
+    identity: (u32, u32),
+    budget: FdBudget,
+    seal: Seal,
+    pool: Arc<Pool>,
+}
+
 /// What a starting thread tells the caller.
 enum Report {
     /// The leader is in the share and has started the others.
-    Confined(Arc<Pool>, Vec<JoinHandle<()>>),
+    Confined(Vec<JoinHandle<()>>),
     /// One thread waits for the guest.
     Ready,
     Failed(ThreadError),
 }
 
 /// The first thread: enters the share and drops its privileges; the others inherit both from it.
-fn lead(
-    tree: OwnedFd,
-    (uid, gid): (u32, u32),
-    budget: FdBudget,
-    seal: &Seal,
-    report: mpsc::Sender<Report>,
-) {
+fn lead(start: Start, report: mpsc::Sender<Report>) {
+    let Start {
+        tree,
+        kept,
+        identity: (uid, gid),
+        budget,
+        seal,
+        pool,
+    } = start;
     let confined = || -> Result<_, ThreadError> {
+        let tree = own_descriptors(tree, &kept)?;
+        // This and the root are the first two.
         let fds = Arc::new(enter_tree(tree)?);
         let root = open_root()?;
         drop_privileges(uid, gid)?;
-        Ok((
-            fds.clone(),
-            Arc::new(Pool::new(Server::new(root, fds, budget))),
-        ))
+        let server = Server::new(root, fds.clone(), budget, pool.facts().clone());
+        Ok((fds, Arc::new(server)))
     };
-    let followers = confined().and_then(|(fds, pool)| {
+    let followers = confined().and_then(|(fds, server)| {
         let mut threads = Vec::new();
         for number in 1..SHARE_THREADS {
-            let (pool_, fds_, seal_, report_) =
-                (pool.clone(), fds.clone(), seal.clone(), report.clone());
-            match spawn(number, move || work(&pool_, &fds_, &seal_, report_)) {
+            let (pool_, server_, fds_, seal_, report_) = (
+                pool.clone(),
+                server.clone(),
+                fds.clone(),
+                seal.clone(),
+                report.clone(),
+            );
+            match spawn(number, move || {
+                work(&pool_, &server_, &fds_, &seal_, report_);
+            }) {
                 Ok(thread) => threads.push(thread),
                 Err(error) => {
                     pool.exit();
@@ -234,13 +318,13 @@ fn lead(
                 }
             }
         }
-        Ok((fds, pool, threads))
+        Ok((fds, server, threads))
     });
     match followers {
-        Ok((fds, pool, threads)) => {
-            // A caller that is gone has dropped the device and with it the pool.
-            let _caller_gone = report.send(Report::Confined(pool.clone(), threads));
-            work(&pool, &fds, seal, report);
+        Ok((fds, server, threads)) => {
+            // A caller that is gone has heard of a thread that failed.
+            let _caller_gone = report.send(Report::Confined(threads));
+            work(&pool, &server, &fds, &seal, report);
         }
         Err(error) => {
             let _caller_gone = report.send(Report::Failed(error));
@@ -249,7 +333,7 @@ fn lead(
 }
 
 /// Every thread: the last steps, and then its life.
-fn work(pool: &Arc<Pool>, fds: &OwnedFd, seal: &Seal, report: mpsc::Sender<Report>) {
+fn work(pool: &Pool, server: &Server, fds: &OwnedFd, seal: &Seal, report: mpsc::Sender<Report>) {
     let _alive = pool.alive();
     let sealed = || -> Result<(), ThreadError> {
         // The VMM's handlers are for its other threads; here their system calls would be forbidden ones.
@@ -262,10 +346,10 @@ fn work(pool: &Arc<Pool>, fds: &OwnedFd, seal: &Seal, report: mpsc::Sender<Repor
         Ok(()) => {
             let _caller_gone = report.send(Report::Ready);
             drop(report);
-            pool.run();
+            pool.run(server);
         }
         Err(error) => {
-            // The caller may not know the pool yet.
+            // The others may wait for the guest already.
             pool.exit();
             let _caller_gone = report.send(Report::Failed(error));
         }
@@ -287,7 +371,63 @@ fn spawn(
 pub struct VirtioFs {
     tag: String,
     pool: Arc<Pool>,
+    events: Arc<Events>,
     threads: Vec<JoinHandle<()>>,
+    asked: Arc<Mutex<Asked>>,
+    event_loop: Arc<dyn EventLoop>,
+}
+
+/// Who asked that the device stand still. The threads cannot signal an eventfd of the process's that they were not given.
+struct Asked {
+    events: Arc<Events>,
+    idle: Option<Arc<EventFd>>,
+}
+
+impl Subscriber for Asked {
+    fn ready(&mut self, _token: u64, _readiness: Readiness) {
+        // Watched for being readable; what was read before has no other reader.
+        let _ = self.events.left.read();
+        if let Some(idle) = self.idle.take() {
+            // Fails only when the counter is full, and then the fd is readable anyway.
+            let _ = idle.write(1);
+        }
+    }
+}
+
+impl VirtioFs {
+    fn new(
+        tag: String,
+        pool: Arc<Pool>,
+        events: Events,
+        threads: Vec<JoinHandle<()>>,
+        event_loop: Arc<dyn EventLoop>,
+    ) -> Result<VirtioFs, ShareError> {
+        let events = Arc::new(events);
+        let asked = Arc::new(Mutex::new(Asked {
+            events: events.clone(),
+            idle: None,
+        }));
+        let share = VirtioFs {
+            tag,
+            pool,
+            events,
+            threads,
+            asked: asked.clone(),
+            event_loop,
+        };
+        let left = share.events.left.as_raw_fd();
+        match share.event_loop.watch(left, Interest::READ, 0, asked) {
+            Ok(()) => Ok(share),
+            Err(cause) => Err(ShareError::Events {
+                tag: share.tag.clone(),
+                cause,
+            }),
+        }
+    }
+
+    fn asked(&self) -> MutexGuard<'_, Asked> {
+        self.asked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 impl VirtioDevice for VirtioFs {
@@ -313,7 +453,12 @@ impl VirtioDevice for VirtioFs {
     }
 
     fn counters(&self) -> Arc<dyn Counters> {
-        self.pool.server().counters()
+        self.pool.facts().counters()
+    }
+
+    /// Its threads have them in a descriptor table of their own.
+    fn kicks(&self) -> Option<Vec<Arc<EventFd>>> {
+        Some(self.events.kicks.to_vec())
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), DeviceError> {
@@ -323,25 +468,26 @@ impl VirtioDevice for VirtioFs {
                 return Err(DeviceError::QueueMissing(index));
             }
         }
-        self.pool
-            .start(activation)
-            .map_err(|cause| DeviceError::Io {
-                what: "make an eventfd for a share",
-                cause,
-            })
+        self.pool.start(activation);
+        Ok(())
     }
 
     fn suspend(&mut self, idle: &Arc<EventFd>) -> Result<Positions, Busy> {
-        self.pool.suspend(idle)
+        // Before the threads could say that they have left.
+        self.asked().idle = Some(idle.clone());
+        let positions = self.pool.suspend()?;
+        self.asked().idle = None;
+        Ok(positions)
     }
 
     fn keep_on(&mut self) {
+        self.asked().idle = None;
         self.pool.keep_on();
     }
 
     fn data(&self) -> DeviceData {
         DeviceData::Share(ShareState {
-            mounted: self.pool.server().is_mounted(),
+            mounted: self.pool.facts().is_mounted(),
         })
     }
 
@@ -366,11 +512,9 @@ impl VirtioDevice for VirtioFs {
 
 impl Drop for VirtioFs {
     fn drop(&mut self) {
+        self.event_loop.forget(self.events.left.as_raw_fd());
         self.pool.exit();
-        if self
-            .pool
-            .wait_for_exit(Duration::from_millis(EXIT_TIMEOUT_MS))
-        {
+        if self.pool.abandon(Duration::from_millis(EXIT_TIMEOUT_MS)) {
             for thread in self.threads.drain(..) {
                 let _ended_before_panics_abort = thread.join();
             }

@@ -12,6 +12,7 @@ use super::session::{FdBudget, Scratch, Served, Session, put_init};
 use crate::counters::{Counters, counters};
 use rustix::io::Errno;
 use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 counters! {
@@ -28,13 +29,41 @@ counters! {
     }
 }
 
-/// The share, as its threads see it after they were confined.
+/// What whoever has another descriptor table may know of a share.
+#[derive(Default)]
+pub(crate) struct Facts {
+    counters: Arc<FsCounters>,
+    mounted: AtomicBool,
+    /// The session, to look at from outside.
+    #[cfg(test)]
+    session: Mutex<std::sync::Weak<Session>>,
+}
+
+impl Facts {
+    /// What the share counts.
+    pub(crate) fn counters(&self) -> Arc<dyn Counters> {
+        self.counters.clone()
+    }
+
+    /// Whether the guest has mounted the share.
+    pub(crate) fn is_mounted(&self) -> bool {
+        self.mounted.load(Ordering::SeqCst)
+    }
+
+    /// The session, which must not be the caller's to drop: not kept beyond the guest's next mount.
+    #[cfg(test)]
+    pub(crate) fn session(&self) -> Option<Arc<Session>> {
+        self.session.lock().unwrap().upgrade()
+    }
+}
+
+/// The share, as its threads see it after they were confined. It is in their descriptor table alone, and so are they who drop it.
 pub(crate) struct Server {
     root: Arc<OwnedFd>,
     proc_fds: Arc<OwnedFd>,
     budget: FdBudget,
     session: Mutex<Option<Arc<Session>>>,
-    counters: Arc<FsCounters>,
+    facts: Arc<Facts>,
 }
 
 impl Scratch {
@@ -49,31 +78,30 @@ impl Scratch {
 }
 
 impl Server {
-    /// Serves the tree below `root`; `proc_fds` is the process's `/proc/self/fd`.
-    pub(crate) fn new(root: OwnedFd, proc_fds: Arc<OwnedFd>, budget: FdBudget) -> Server {
+    /// Serves the tree below `root`; `proc_fds` is the threads' `/proc/thread-self/fd`.
+    pub(crate) fn new(
+        root: OwnedFd,
+        proc_fds: Arc<OwnedFd>,
+        budget: FdBudget,
+        facts: Arc<Facts>,
+    ) -> Server {
         Server {
             root: Arc::new(root),
             proc_fds,
             budget,
             session: Mutex::new(None),
-            counters: Arc::default(),
+            facts,
         }
-    }
-
-    /// What it counts.
-    pub(crate) fn counters(&self) -> Arc<dyn Counters> {
-        self.counters.clone()
     }
 
     /// Ends the session: its nodes and open files go, once no request uses them.
     pub(crate) fn end_session(&self) {
-        let ended = self.slot().take();
+        let mut slot = self.slot();
+        let ended = slot.take();
+        self.facts.mounted.store(false, Ordering::SeqCst);
+        // Files are closed without the lock.
+        drop(slot);
         drop(ended);
-    }
-
-    /// Whether the guest has mounted the share.
-    pub(crate) fn is_mounted(&self) -> bool {
-        self.slot().is_some()
     }
 
     /// Serves one request; returns how many bytes were written into its buffers.
@@ -92,11 +120,12 @@ impl Server {
             None => 0,
         };
         let served = self.answer(&header, buffers, room, scratch);
-        self.counters.requests.add(1);
+        let counters = &self.facts.counters;
+        counters.requests.add(1);
         match &served {
-            Ok(Served::Data(bytes)) => self.counters.read_bytes.add(*bytes as u64),
+            Ok(Served::Data(bytes)) => counters.read_bytes.add(*bytes as u64),
             Ok(Served::Payload) => {}
-            Err(_) => self.counters.errors.add(1),
+            Err(_) => counters.errors.add(1),
         }
         if !wants_reply {
             return 0;
@@ -133,7 +162,7 @@ impl Server {
         let (args, data) = match header.opcode {
             abi::opcode::WRITE => match behind.checked_sub(abi::WRITE_IN_BYTES) {
                 Some(data) => {
-                    self.counters.written_bytes.add(data as u64);
+                    self.facts.counters.written_bytes.add(data as u64);
                     (abi::WRITE_IN_BYTES, data)
                 }
                 None => return Err(Errno::INVAL),
@@ -192,18 +221,18 @@ impl Server {
         if slot.is_some() {
             return Err(Errno::PROTO);
         }
-        *slot = Some(Arc::new(session));
+        let session = Arc::new(session);
+        #[cfg(test)]
+        {
+            *self.facts.session.lock().unwrap() = Arc::downgrade(&session);
+        }
+        *slot = Some(session);
+        self.facts.mounted.store(true, Ordering::SeqCst);
         put_init(init, out);
         Ok(Served::Payload)
     }
 
     fn slot(&self) -> std::sync::MutexGuard<'_, Option<Arc<Session>>> {
         self.session.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The session, to look at from outside.
-    #[cfg(test)]
-    pub(crate) fn session(&self) -> Option<Arc<Session>> {
-        self.slot().clone()
     }
 }

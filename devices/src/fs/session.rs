@@ -101,7 +101,7 @@ pub(crate) struct Session {
     pub(super) next_file: AtomicU64,
     open_files: Arc<AtomicUsize>,
     files_max: usize,
-    /// `/proc/self/fd`, to open an `O_PATH` descriptor again.
+    /// `/proc/thread-self/fd`, to open an `O_PATH` descriptor again.
     pub(super) proc_fds: Arc<OwnedFd>,
     submounts: bool,
     /// Whether birth times hold still on a mount.

@@ -8,20 +8,24 @@
 //!
 //! A request can block as long as the host's file system lets it (a slow disk, a network share that is
 //! gone). It keeps its thread and nobody else's: no lock is held across it.
+//!
+//! The threads have a descriptor table of their own ([`super::confine::own_descriptors`]), in which a number of the process's is
+//! nothing or something else. So [`Pool`], which both sides hold, has no descriptor of either; it signals by [`Signal`]s, which both
+//! tables have. An [`Activation`] is full of the process's: the threads look at it, and give it back to be dropped on the other side.
+//! The [`Server`] is full of theirs: only they hold it, and a reset asks one of them to end the session.
 
+use super::confine::Signal;
 use super::guest_io::Buffers;
-use super::server::Server;
+use super::server::{Facts, Server};
 use super::session::Scratch;
 use crate::GuestMemory;
 use crate::virtio::chain;
 use crate::virtio::device::{Activation, Busy, Interrupt};
 use crate::virtio::queue::{ActiveQueue, BrokenQueue, Positions};
-use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Everything that belongs to one activation.
 struct Rings {
@@ -35,15 +39,26 @@ struct Rings {
 /// An activation that the threads serve until they are called away from it.
 struct Live {
     rings: Arc<Rings>,
-    /// Readable from the moment the threads must leave, for good.
-    stop: EventFd,
+    /// Signalled when the threads must leave, after `stopping` was set.
+    wake: Signal,
     stopping: AtomicBool,
 }
 
 struct LiveQueue {
     index: u16,
-    kick: Arc<EventFd>,
+    kick: Signal,
     queue: Mutex<ActiveQueue>,
+}
+
+/// What the threads and the process tell each other by.
+#[derive(Clone, Copy)]
+pub(crate) struct Signals {
+    /// The driver's kicks, in the order of the queues.
+    pub(crate) kicks: [Signal; 2],
+    /// Threads have to leave an activation. Each watches its edges, so nobody ever takes it back.
+    pub(crate) wake: Signal,
+    /// All have left one, and somebody asked to be told.
+    pub(crate) left: Signal,
 }
 
 #[derive(Default)]
@@ -53,9 +68,15 @@ struct State {
     generation: u64,
     /// One that the threads were called away from, and some may be at their last request of.
     called_away: Option<Arc<Live>>,
-    /// Told when no thread is inside an activation any more.
-    idle: Option<Arc<EventFd>>,
-    /// Threads inside an activation.
+    /// What threads came back from, at most once each since the last offer: the process's to drop.
+    given_back: Vec<Arc<Live>>,
+    /// Nobody is left on the process's side.
+    abandoned: bool,
+    /// `left` is to be signalled when no thread is inside an activation any more.
+    tell: bool,
+    /// A thread has to end the session.
+    session_over: bool,
+    /// Threads inside an activation, or at the end of a session.
     serving: usize,
     /// Threads that did not end yet.
     alive: usize,
@@ -64,45 +85,54 @@ struct State {
 
 /// What the device and its threads share.
 pub(crate) struct Pool {
-    server: Server,
+    signals: Signals,
+    facts: Arc<Facts>,
     state: Mutex<State>,
     changed: Condvar,
 }
 
 impl Pool {
-    pub(crate) fn new(server: Server) -> Pool {
+    pub(crate) fn new(signals: Signals) -> Pool {
         Pool {
-            server,
+            signals,
+            facts: Arc::default(),
             state: Mutex::new(State::default()),
             changed: Condvar::new(),
         }
     }
 
-    pub(crate) fn server(&self) -> &Server {
-        &self.server
+    /// What anybody may know of the share.
+    pub(crate) fn facts(&self) -> &Arc<Facts> {
+        &self.facts
     }
 
     /// Hands live queues to the threads.
-    pub(crate) fn start(&self, activation: Activation) -> std::io::Result<()> {
-        let queues = activation.queues.into_iter().flatten();
-        let live = Live::new(Arc::new(Rings {
+    pub(crate) fn start(&self, activation: Activation) {
+        let queues = self.signals.kicks.into_iter().zip(activation.queues);
+        let rings = Arc::new(Rings {
             memory: activation.memory,
             queues: queues
-                .map(|queue| LiveQueue {
-                    index: queue.index,
-                    kick: queue.kick.clone(),
-                    queue: Mutex::new(queue),
+                .filter_map(|(kick, queue)| {
+                    queue.map(|queue| LiveQueue {
+                        index: queue.index,
+                        kick,
+                        queue: Mutex::new(queue),
+                    })
                 })
                 .collect(),
             interrupt: activation.interrupt,
             gone: AtomicBool::new(false),
-        }))?;
-        self.offer(&mut self.state(), live);
-        Ok(())
+        });
+        self.offer(&mut self.state(), rings);
     }
 
-    fn offer(&self, state: &mut State, live: Live) {
-        state.live = Some(Arc::new(live));
+    fn offer(&self, state: &mut State, rings: Arc<Rings>) {
+        state.given_back.clear();
+        state.live = Some(Arc::new(Live {
+            rings,
+            wake: self.signals.wake,
+            stopping: AtomicBool::new(false),
+        }));
         state.generation += 1;
         self.changed.notify_all();
     }
@@ -110,8 +140,8 @@ impl Pool {
     /// Calls the threads away from the queues; where they stood, when each request that was taken off has been answered.
     ///
     /// # Errors
-    /// The host's file system holds one up. `idle` is signalled when no thread is inside one any more.
-    pub(crate) fn suspend(&self, idle: &Arc<EventFd>) -> Result<Positions, Busy> {
+    /// The host's file system holds one up. `left` is signalled when no thread is inside one any more.
+    pub(crate) fn suspend(&self) -> Result<Positions, Busy> {
         let mut state = self.state();
         if let Some(live) = state.live.take() {
             live.call_away();
@@ -119,7 +149,7 @@ impl Pool {
         }
         // Also a request from before a reset that did not wait for it may still write the guest's memory.
         if state.serving > 0 {
-            state.idle = Some(idle.clone());
+            state.tell = true;
             return Err(Busy);
         }
         let positions = state.called_away.take().map(|live| live.rings.positions());
@@ -129,48 +159,55 @@ impl Pool {
     /// Lets the threads serve on after a suspension that did not come to its end.
     pub(crate) fn keep_on(&self) {
         let mut state = self.state();
-        state.idle = None;
-        let Some(live) = state.called_away.take() else {
-            return;
-        };
-        match Live::new(live.rings.clone()) {
-            Ok(again) if !live.rings.gone.load(Ordering::SeqCst) => self.offer(&mut state, again),
-            Ok(_) => {}
-            // The host has no eventfd for it, and the driver has to reset the device.
-            Err(_) => live.rings.interrupt.needs_reset(),
+        state.tell = false;
+        if let Some(live) = state.called_away.take() {
+            if !live.rings.gone.load(Ordering::SeqCst) {
+                self.offer(&mut state, live.rings.clone());
+            }
         }
     }
 
-    /// Takes the queues away again, and waits until no thread is inside a request.
+    /// Takes the queues away again, waits until no thread is inside a request, and has one end the session.
     ///
     /// # Errors
-    /// TimedOut: a request is still blocked in the host's file system.
+    /// TimedOut: a request is still blocked in the host's file system, or the end of the session is.
     pub(crate) fn stop(&self, patience: Duration) -> std::io::Result<()> {
+        let deadline = Instant::now() + patience;
         let mut state = self.state();
         for live in [state.live.take(), state.called_away.take()] {
             live.inspect(|live| live.leave());
         }
-        let (state, timeout) = self
+        let mut state = self.wait_until(state, deadline, |state| state.serving == 0)?;
+        state.given_back.clear();
+        state.session_over = true;
+        self.changed.notify_all();
+        let ended = |state: &State| !state.session_over && state.serving == 0;
+        self.wait_until(state, deadline, ended).map(drop)
+    }
+
+    fn wait_until<'p>(
+        &'p self,
+        state: MutexGuard<'p, State>,
+        deadline: Instant,
+        there: impl Fn(&State) -> bool,
+    ) -> std::io::Result<MutexGuard<'p, State>> {
+        let patience = deadline.saturating_duration_since(Instant::now());
+        let (state, _) = self
             .changed
-            .wait_timeout_while(state, patience, |state| state.serving > 0)
+            .wait_timeout_while(state, patience, |state| !there(state))
             .unwrap_or_else(PoisonError::into_inner);
-        drop(state);
-        if timeout.timed_out() {
-            return Err(std::io::ErrorKind::TimedOut.into());
+        match there(&state) {
+            true => Ok(state),
+            false => Err(std::io::ErrorKind::TimedOut.into()),
         }
-        self.server.end_session();
-        Ok(())
     }
 
     /// Waits until no thread is inside a request of an activation that was taken away.
     #[cfg(test)]
     pub(crate) fn wait_until_idle(&self, patience: Duration) -> bool {
-        let (state, timeout) = self
-            .changed
-            .wait_timeout_while(self.state(), patience, |state| state.serving > 0)
-            .unwrap_or_else(PoisonError::into_inner);
-        drop(state);
-        !timeout.timed_out()
+        let deadline = Instant::now() + patience;
+        let idle = |state: &State| state.serving == 0;
+        self.wait_until(self.state(), deadline, idle).is_ok()
     }
 
     /// Lets the threads end, also from within an activation.
@@ -179,8 +216,24 @@ impl Pool {
         state.exit = true;
         if let Some(live) = state.live.take() {
             live.leave();
+            // For `abandon` to drop.
+            state.called_away = Some(live);
         }
         self.changed.notify_all();
+    }
+
+    /// Waits until no thread is alive; false if it takes longer than `patience`. Afterwards nothing of the process's is left in here,
+    /// and what a thread has in hand then stays open as long as the process.
+    pub(crate) fn abandon(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let ended = self
+            .wait_until(self.state(), deadline, |state| state.alive == 0)
+            .is_ok();
+        let mut state = self.state();
+        state.abandoned = true;
+        state.called_away = None;
+        state.given_back.clear();
+        ended
     }
 
     /// Counts the calling thread as alive while the guard lives.
@@ -189,65 +242,79 @@ impl Pool {
         Alive(self)
     }
 
-    /// Waits until no thread is alive; false if it takes longer than `patience`.
-    pub(crate) fn wait_for_exit(&self, patience: Duration) -> bool {
-        let (state, timeout) = self
-            .changed
-            .wait_timeout_while(self.state(), patience, |state| state.alive > 0)
-            .unwrap_or_else(PoisonError::into_inner);
-        drop(state);
-        !timeout.timed_out()
-    }
-
     /// The life of one thread, which was confined before.
-    pub(crate) fn run(&self) {
+    pub(crate) fn run(&self, server: &Server) {
         let mut scratch = Scratch::new();
         let mut seen = 0;
-        while let Some(live) = self.next(&mut seen) {
-            if let Err(_broken) = live.serve(&self.server, &mut scratch) {
-                // The driver broke a ring, or this host cannot even wait for it: the others leave too, and
-                // the driver is told to reset the device.
-                live.leave();
-                live.rings.interrupt.needs_reset();
+        while let Some(task) = self.next(&mut seen) {
+            match task {
+                Task::EndSession => {
+                    server.end_session();
+                    self.done(&mut self.state());
+                }
+                Task::Serve(live) => {
+                    if let Err(_broken) = live.serve(server, &mut scratch) {
+                        // The driver broke a ring, or this host cannot even wait for it: the others leave too,
+                        // and the driver is told to reset the device.
+                        live.leave();
+                        live.rings.interrupt.needs_reset();
+                    }
+                    self.give_back(live);
+                }
             }
-            drop(live);
-            self.left();
         }
     }
 
-    /// A thread has left an activation.
-    fn left(&self) {
+    /// A thread has left an activation, and drops nothing of it: its descriptors are another table's.
+    fn give_back(&self, live: Arc<Live>) {
         let mut state = self.state();
+        match state.abandoned {
+            true => std::mem::forget(live),
+            false => state.given_back.push(live),
+        }
+        self.done(&mut state);
+    }
+
+    fn done(&self, state: &mut State) {
         state.serving -= 1;
-        if state.serving == 0 {
-            if let Some(idle) = state.idle.take() {
-                // A full counter is as readable.
-                let _full = idle.write(1);
-            }
+        if state.serving == 0 && std::mem::take(&mut state.tell) {
+            self.signals.left.send();
         }
         self.changed.notify_all();
     }
 
-    /// Waits for an activation that this thread has not served yet.
-    fn next(&self, seen: &mut u64) -> Option<Arc<Live>> {
+    /// Waits for the end of a session, or an activation that this thread has not served yet.
+    fn next(&self, seen: &mut u64) -> Option<Task> {
         let mut state = self
             .changed
             .wait_while(self.state(), |state| {
-                !state.exit && (state.live.is_none() || state.generation == *seen)
+                let serve = state.live.is_some() && state.generation != *seen;
+                !(state.exit || state.session_over || serve)
             })
             .unwrap_or_else(PoisonError::into_inner);
         if state.exit {
             return None;
         }
-        *seen = state.generation;
-        let live = state.live.clone()?;
+        let task = match std::mem::take(&mut state.session_over) {
+            true => Task::EndSession,
+            false => {
+                *seen = state.generation;
+                Task::Serve(state.live.clone()?)
+            }
+        };
         state.serving += 1;
-        Some(live)
+        Some(task)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// What a thread has to do next.
+enum Task {
+    Serve(Arc<Live>),
+    EndSession,
 }
 
 /// See [`Pool::alive`].
@@ -286,19 +353,10 @@ impl From<std::io::Error> for Stuck {
 }
 
 impl Live {
-    fn new(rings: Arc<Rings>) -> std::io::Result<Live> {
-        Ok(Live {
-            rings,
-            stop: EventFd::new(EFD_NONBLOCK)?,
-            stopping: AtomicBool::new(false),
-        })
-    }
-
     /// Makes every thread leave when it has answered the request that it is at.
     fn call_away(&self) {
         self.stopping.store(true, Ordering::SeqCst);
-        // It can fail only because the counter is full: then it is readable, which is what it is for.
-        let _full = self.stop.write(1);
+        self.wake.send();
     }
 
     /// Makes every thread leave this activation as soon as it can, without an answer.
@@ -309,14 +367,14 @@ impl Live {
 
     fn serve(&self, server: &Server, scratch: &mut Scratch) -> Result<(), Stuck> {
         let waiter = Epoll::new()?;
-        let watch = |fd: &EventFd, events| {
-            let fd = fd.as_raw_fd();
-            waiter.ctl(ControlOperation::Add, fd, EpollEvent::new(events, 0))
+        let watch = |signal: Signal, events| {
+            let event = EpollEvent::new(events | EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+            waiter.ctl(ControlOperation::Add, signal.number(), event)
         };
-        watch(&self.stop, EventSet::IN)?;
+        // Whoever called away before this has set the flag that is looked at behind it.
+        watch(self.wake, EventSet::empty())?;
         for queue in &self.rings.queues {
-            let one_thread = EventSet::IN | EventSet::EDGE_TRIGGERED | EventSet::EXCLUSIVE;
-            watch(&queue.kick, one_thread)?;
+            watch(queue.kick, EventSet::EXCLUSIVE)?;
         }
         let mut events = vec![EpollEvent::default(); 1 + self.rings.queues.len()];
         while !self.stopping.load(Ordering::SeqCst) {
@@ -360,8 +418,7 @@ impl Rings {
             let more = queue.enable_kicks(&self.memory)?;
             if let Some(chain) = chain {
                 if more {
-                    // A full counter is as readable.
-                    let _full = live.kick.write(1);
+                    live.kick.send();
                 }
                 return Ok(Some(queue.open(&self.memory, &chain)?));
             }

@@ -143,6 +143,11 @@ pub trait VirtioDevice: Send {
     /// The largest size of each queue; its length is the number of queues. Powers of two, at most 32768.
     fn queue_sizes(&self) -> &[u16];
 
+    /// What its queues are kicked by, in their order, if the device was made with that; else the transport makes an eventfd for each.
+    fn kicks(&self) -> Option<Vec<Arc<EventFd>>> {
+        None
+    }
+
     /// The device-specific feature bits offered (bits 0 to 23 and 50 to 127 as far as u64 goes). The
     /// transport adds VIRTIO_F_VERSION_1, VIRTIO_F_INDIRECT_DESC and VIRTIO_F_EVENT_IDX.
     fn features(&self) -> u64;

@@ -74,7 +74,7 @@ const CAP_DATA: u8 = 16;
 /// Why a transport cannot be made; a defect of the device or a host without fds.
 #[derive(Debug, thiserror::Error)]
 pub enum TransportError {
-    /// Too many queues, or a size that is none.
+    /// Too many queues, a size that is none, or other kicks than queues.
     #[error("virtio device type {device} has queues that no transport can offer")]
     Queues {
         /// Device type.
@@ -178,14 +178,20 @@ impl VirtioPci {
         if sizes.len() > QUEUES_MAX || !sizes.iter().all(size_legal) {
             return Err(TransportError::Queues { device: kind });
         }
-        let kicks = sizes
-            .iter()
-            .map(|_| EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new))
-            .collect::<io::Result<Vec<_>>>()
+        let made = || {
+            let event = |_| EventFd::new(EFD_NONBLOCK | libc::EFD_CLOEXEC).map(Arc::new);
+            sizes.iter().map(event).collect::<io::Result<Vec<_>>>()
+        };
+        let kicks = device
+            .kicks()
+            .map_or_else(made, Ok)
             .map_err(|cause| TransportError::Kick {
                 device: kind,
                 cause,
             })?;
+        if kicks.len() != sizes.len() {
+            return Err(TransportError::Queues { device: kind });
+        }
         // One vector a queue and one for the configuration.
         let vectors = sizes.len() as u16 + 1;
         let msix = Msix::new(vectors, routes);

@@ -1,5 +1,5 @@
 //! One VM of KVM: memory, interrupt controllers, ioeventfds, interrupts.
-#![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION hands the kernel a range of our address space.
+#![allow(unsafe_code)] // KVM_SET_USER_MEMORY_REGION hands the kernel a range of our address space; the VM's fd is lent.
 
 use super::{KvmError, failed};
 use crate::layout;
@@ -12,6 +12,7 @@ use kvm_bindings::{
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use rustix::io::Errno;
 use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
@@ -118,6 +119,13 @@ impl Vm {
         self.fd
             .set_irq_line(gsi, up)
             .map_err(failed("KVM_IRQ_LINE"))
+    }
+}
+
+impl AsFd for Vm {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: it stays open as long as `self` is borrowed.
+        unsafe { BorrowedFd::borrow_raw(self.fd.as_raw_fd()) }
     }
 }
 

@@ -97,7 +97,6 @@ pub(super) const MAIN_AND_VCPU: &[Rule] = &[
     always(SYS_write),
     // A device is activated on the thread of the vCPU that asked for it, and watches its queues from there.
     always(SYS_epoll_ctl),
-    always(SYS_eventfd2),
     when!(SYS_ioctl, 1, Test::Is(KVM_SIGNAL_MSI)),
 ];
 
@@ -148,6 +147,7 @@ pub(super) const MAIN: &[Rule] = &[
     // Memory that is plugged and unplugged.
     when!(SYS_ioctl, 1, Test::Is(KVM_SET_USER_MEMORY_REGION)),
     // Devices that come and go: their kicks, the file of a disk, the settings of a tap device.
+    always(SYS_eventfd2),
     when!(SYS_ioctl, 1, Test::Is(KVM_IOEVENTFD)),
     when!(
         SYS_io_uring_register,

@@ -74,11 +74,15 @@ impl Full {
 
     /// How many descriptors of each kind the process holds.
     fn fds(&self) -> BTreeMap<String, usize> {
-        let mut kinds = BTreeMap::new();
-        for fd in read_dir(self.process.join("fd")).unwrap() {
-            *kinds.entry(kind(&fd.unwrap().path())).or_default() += 1;
-        }
-        kinds
+        fds(&self.process)
+    }
+
+    /// Every thread of the share has these descriptors.
+    fn share_holds(&self, expected: &BTreeMap<String, usize>) {
+        let threads = self.threads();
+        let of_share = threads.iter().filter(|thread| thread.serves_a_share());
+        let tables: Vec<_> = of_share.map(|thread| fds(&thread.place)).collect();
+        assert_eq!(tables, vec![expected.clone(); 4]);
     }
 
     fn has_ring(&self) -> bool {
@@ -111,11 +115,20 @@ fn in_the_share() -> &'static str {
     IN_THE_SHARE.to_str().unwrap().trim_start_matches('/')
 }
 
+/// How many descriptors of each kind a process or a thread holds.
+fn fds(place: &Path) -> BTreeMap<String, usize> {
+    let mut kinds = BTreeMap::new();
+    for fd in read_dir(place.join("fd")).unwrap() {
+        *kinds.entry(kind(&fd.unwrap().path())).or_default() += 1;
+    }
+    kinds
+}
+
 /// What a descriptor of a process is, without what differs from run to run.
 pub(crate) fn kind(fd: &Path) -> String {
     let target = read_link(fd).unwrap().to_str().unwrap().to_owned();
     match target.as_str() {
-        "/" if statfs(fd).unwrap().f_type == PROC_SUPER_MAGIC => "/proc/self/fd".to_owned(),
+        "/" if statfs(fd).unwrap().f_type == PROC_SUPER_MAGIC => "/proc/thread-self/fd".to_owned(),
         "/" => "root of a share".to_owned(),
         _ => {
             let what = target.trim_start_matches("anon_inode:");
@@ -333,19 +346,28 @@ fn base_fds(ring: bool) -> BTreeMap<String, usize> {
         ("eventpoll", 1),
         ("signalfd", 1),
         ("timerfd", 1),
-        // The end of the VM, vsock that has room again, completions of the disks, a pause that is reached;
-        // and one for each queue: 1 of rng, 3 of vsock, 5 of the balloon, 1 of the disk, 2 of the share.
-        ("eventfd", 4 + 12),
+        // The end of the VM, vsock that has room again, completions of the disks, a pause that is reached; the share's threads that
+        // have to stop, and that have; and one for each queue: 1 of rng, 3 of vsock, 5 of the balloon, 1 of the disk, 2 of the share.
+        ("eventfd", 6 + 12),
         ("io_uring", usize::from(ring)),
+    ];
+    with_more(BTreeMap::new(), &expected)
+}
+
+/// What the threads of its share hold, in a table of their own.
+fn share_fds() -> BTreeMap<String, usize> {
+    let expected = [
+        // Where a panic is told.
+        ("pipe", 1),
+        // Interrupts.
+        ("kvm-vm", 1),
+        // One for each queue, a stop, and that they have stopped.
+        ("eventfd", 2 + 2),
         // Where the share begins, and where its threads find their own descriptors.
         ("root of a share", 1),
-        ("/proc/self/fd", 1),
+        ("/proc/thread-self/fd", 1),
     ];
-    let expected = expected.map(|(kind, count)| (kind.to_owned(), count));
-    expected
-        .into_iter()
-        .filter(|(_, count)| *count > 0)
-        .collect()
+    with_more(BTreeMap::new(), &expected)
 }
 
 /// The same and some more.
@@ -366,6 +388,7 @@ fn a_running_vmm_holds_exactly_these_fds_and_no_environment() {
     let vm = Full::start();
     // Kernel and configuration are closed, and so is /dev/kvm.
     assert_eq!(vm.fds(), base_fds(vm.has_ring()));
+    vm.share_holds(&share_fds());
     drop(stray);
     let environment = File::open(vm.process.join("environ")).unwrap();
     let environment = std::io::read_to_string(environment).unwrap();
@@ -417,6 +440,7 @@ fn cards_and_what_came_by_the_control_channel_hold_exactly_these_fds() {
             ],
         );
         assert_eq!(vm.fds(), later);
+        vm.share_holds(&share_fds());
         vm.is_jailed(1);
 
         let id = "later".to_owned();

@@ -212,9 +212,12 @@ fn parts() -> Vec<(Call, &'static str)> {
 #[rustfmt::skip] // One part a line.
 fn parts_of_a_share() -> Vec<(Call, &'static str)> {
     vec![
+        (Call::with_flag(SYS_unshare, CLONE_FILES), "unshare the descriptors"),
+        // The process itself begins behind the standard streams.
+        (Call::with(SYS_close_range, 0, 0), "close the VMM's descriptors"),
         (Call::with_flag(SYS_unshare, CLONE_NEWNS), "unshare the mount namespace"),
         (Call::any(SYS_mount), "make the mounts private"),
-        (Call::any(SYS_open_tree), "open /proc/self/fd"),
+        (Call::any(SYS_open_tree), "open /proc/thread-self/fd"),
         (Call::any(SYS_mount_setattr), "restrict the share's mounts"),
         (Call::any(SYS_move_mount), "attach the share's tree"),
         (Call::any(SYS_pivot_root), "pivot into the share"),

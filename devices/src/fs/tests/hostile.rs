@@ -427,7 +427,7 @@ fn any_request_comes_back_and_the_share_lives() {
                 assert!((0..134).contains(&errno));
             }
         }
-        if guest.pool.server().session().is_none() {
+        if guest.pool.facts().session().is_none() {
             guest.init();
         }
         serves(guest);

@@ -15,6 +15,7 @@ use super::abi::{self, Put, opcode};
 use super::confine::unshare;
 use super::threads::Pool;
 use super::*;
+use crate::event::Poller;
 use crate::testing::{Buffer, Driver, Used, memory, written_down};
 use crate::virtio::device::{Busy, RestoreError};
 use rustix::fs::CWD;
@@ -23,8 +24,8 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, OnceLock};
 
 /// Whom the threads become in these tests.
 const JAIL_ID: u32 = 64_321;
@@ -109,7 +110,22 @@ fn filter() -> Arc<BpfProgram> {
     Arc::new(filter.unwrap().try_into().unwrap())
 }
 
-fn setup(tree: OwnedFd) -> ShareSetup {
+/// An event loop that a thread of the tests turns.
+fn event_loop() -> Arc<Poller> {
+    static LOOP: OnceLock<Arc<Poller>> = OnceLock::new();
+    let started = LOOP.get_or_init(|| {
+        let poller = Arc::new(Poller::new().expect("an event loop"));
+        let turned = poller.clone();
+        std::thread::spawn(move || {
+            while turned.turn(None).is_ok() {}
+            panic!("the event loop of the tests ended");
+        });
+        poller
+    });
+    started.clone()
+}
+
+fn setup(tree: OwnedFd) -> ShareSetup<'static> {
     let filter = filter();
     ShareSetup {
         tag: "capsid".into(),
@@ -117,7 +133,9 @@ fn setup(tree: OwnedFd) -> ShareSetup {
         uid: JAIL_ID,
         gid: JAIL_ID,
         fd_budget: FD_BUDGET_MIN,
+        kept: &[],
         seal: Arc::new(move || seccompiler::apply_filter(&filter).map_err(std::io::Error::other)),
+        event_loop: event_loop(),
     }
 }
 
@@ -178,7 +196,7 @@ impl Guest {
     }
 
     /// A share whose device is up; nothing was sent yet.
-    fn new(setup: ShareSetup) -> Guest {
+    fn new(setup: ShareSetup<'_>) -> Guest {
         let device = spawn_share_threads(setup).expect("a share");
         let pool = device.pool();
         let mut driver = Driver::with_memory(Box::new(device), memory(&[(0, 32 << 20)]));

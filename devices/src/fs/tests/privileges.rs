@@ -210,7 +210,7 @@ fn a_share_that_cannot_be_is_refused_with_a_reason() {
     needs_root!();
     let dir = Dir::new();
     dir.write("file", b"");
-    let refused = |change: fn(&mut ShareSetup), path: &Path| {
+    let refused = |change: fn(&mut ShareSetup<'_>), path: &Path| {
         let mut setup = setup(tree_of(path));
         change(&mut setup);
         match spawn_share_threads(setup) {

@@ -344,7 +344,7 @@ fn a_reset_ends_the_session_and_the_next_mount_works() {
         guest.open(node, libc::O_RDONLY).unwrap();
         guest.driver.reset();
         assert_eq!(guest.driver.status(), 0);
-        assert!(guest.pool.server().session().is_none());
+        assert!(guest.pool.facts().session().is_none());
         guest.driver.negotiate(0);
         guest.driver.setup_queue(PRIORITY, 16);
         guest.driver.setup_queue(REQUESTS, 64);

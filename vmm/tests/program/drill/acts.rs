@@ -16,11 +16,13 @@ pub(super) enum Argument<'a> {
     Page,
     /// The descriptor of the share's root.
     ShareRoot,
-    /// The name of a descriptor of a file of the host in `/proc/self/fd`, where threads of shares are.
+    /// The descriptor of a file of the host, by its number in the process's table.
     HostFile,
+    /// Its name in `/proc/thread-self/fd`, where threads of shares are.
+    HostFileName,
 }
 
-use Argument::{Bytes, HostFile, Number, Page, ShareRoot, Text};
+use Argument::{Bytes, HostFile, HostFileName, Number, Page, ShareRoot, Text};
 
 /// One thing that no thread may do.
 pub(super) struct Act<'a> {
@@ -99,7 +101,10 @@ fn files(neighbour: &Neighbour) -> Vec<Act<'_>> {
         act("open by the newest call", SYS_openat2, [here(), Text(passwd), Bytes(&[0; 24]), number(24)]).but_a_share_is_told(Errno::NOENT),
         act("climb out of a directory that it holds", SYS_openat, [ShareRoot, Text(above), flags(O_RDONLY)]).but_a_share_is_told(Errno::NOENT),
         act("remove another VM's file", SYS_unlinkat, [here(), Text(file), number(0)]).but_a_share_is_told(Errno::NOENT),
-        act("take a file of the host into the share", SYS_linkat, [here(), HostFile, ShareRoot, Text(c"taken"), number(AT_SYMLINK_FOLLOW)]).but_a_share_is_told(Errno::XDEV),
+        act("take a file of the host into the share", SYS_linkat, [here(), HostFileName, ShareRoot, Text(c"taken"), number(AT_SYMLINK_FOLLOW)]).but_a_share_is_told(Errno::NOENT),
+        act("cut a file that the VMM holds", SYS_ftruncate, [HostFile, number(0)]).but_a_share_is_told(Errno::BADF),
+        act("open a file anew that the VMM holds", SYS_openat, [here(), HostFileName, flags(O_RDWR)]).but_a_share_is_told(Errno::NOENT),
+        act("change the mode of a file that the VMM holds", SYS_fchmodat, [here(), HostFileName, number(0o777)]).but_a_share_is_told(Errno::NOENT),
         act("make a device in the share", SYS_mknodat, [ShareRoot, Text(c"mem"), number(S_IFCHR | 0o600), Number(0x101)]).but_a_share_is_told(Errno::PERM),
         act("open by a handle", SYS_open_by_handle_at, [here(), Bytes(&[0; 32]), flags(O_RDONLY)]),
         act("ask for a handle", SYS_name_to_handle_at, [here(), Text(c"/"), Bytes(&[0; 32]), Page, number(0)]),

@@ -17,6 +17,8 @@ use acts::{Act, Argument, acts};
 use neighbour::Neighbour;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use std::collections::BTreeMap;
+use std::ffi::CString;
 use std::fs::{File, read_dir, read_to_string};
 use std::io::Read;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -179,20 +181,22 @@ impl Drilled {
             Argument::Text(text) => stored(text.to_bytes_with_nul()),
             Argument::Bytes(bytes) => stored(bytes),
             Argument::Page => page,
-            Argument::ShareRoot => self.fd("root of a share"),
-            Argument::HostFile => {
-                let fd = self.fd("/memfd:test (deleted)");
-                stored(format!("{fd}\0").as_bytes())
+            Argument::ShareRoot => {
+                let share = thread(&self.process, Kind::ShareLead.thread());
+                fd(&fds(&self.task(share)), "root of a share")
             }
+            Argument::HostFile => self.host_file(),
+            Argument::HostFileName => stored(format!("{}\0", self.host_file()).as_bytes()),
         }
     }
 
-    /// The number of the one descriptor of this kind.
-    fn fd(&self, wanted: &str) -> u64 {
-        let fds = read_dir(self.process.join("fd")).unwrap();
-        let fds: Vec<PathBuf> = fds.map(|fd| fd.unwrap().path()).collect();
-        let fd = fds.iter().find(|fd| kind(fd) == wanted).expect(wanted);
-        fd.file_name().unwrap().to_str().unwrap().parse().unwrap()
+    fn task(&self, thread: i32) -> PathBuf {
+        self.process.join("task").join(thread.to_string())
+    }
+
+    /// The number of the serial port's file.
+    fn host_file(&self) -> u64 {
+        fd(&fds(&self.process), "/memfd:test (deleted)")
     }
 
     fn end(mut self) -> Option<i32> {
@@ -206,6 +210,23 @@ impl Drilled {
             None => Outcome::Killed(self.end().expect("a signal")),
         }
     }
+}
+
+/// What descriptors a process or a thread holds, by their numbers.
+fn fds(place: &Path) -> BTreeMap<u64, String> {
+    let fds = read_dir(place.join("fd")).unwrap();
+    let fds = fds.map(|fd| fd.unwrap().path());
+    fds.map(|fd| {
+        let number = fd.file_name().unwrap().to_str().unwrap();
+        (number.parse().unwrap(), kind(&fd))
+    })
+    .collect()
+}
+
+/// The number of the first descriptor of this kind.
+fn fd(fds: &BTreeMap<u64, String>, wanted: &str) -> u64 {
+    let found = fds.iter().find(|(_, kind)| *kind == wanted);
+    *found.expect(wanted).0
 }
 
 /// The number of the thread of this name.
@@ -293,6 +314,46 @@ fn the_first_thread_of_a_share_does_none_of_the_forbidden_acts() {
 fn another_thread_of_a_share_does_none_of_the_forbidden_acts() {
     let test = "another_thread_of_a_share_does_none_of_the_forbidden_acts";
     drill(test, Kind::Share);
+}
+
+#[test]
+fn a_thread_of_a_share_has_no_descriptor_of_the_vmm_and_finds_none_by_name() {
+    let test = "a_thread_of_a_share_has_no_descriptor_of_the_vmm_and_finds_none_by_name";
+    let Some(program) = program(test) else {
+        return;
+    };
+    for kind in [Kind::ShareLead, Kind::Share] {
+        // Where no ring can be had, the VMM holds disks by descriptors.
+        Kind::Disk.where_it_is(|| {
+            let mut vm = Drilled::start(&program, kind);
+            let (process, own) = (fds(&vm.process), fds(&vm.task(vm.thread)));
+            for held in [
+                "/memfd:disk (deleted)",
+                "/memfd:test (deleted)",
+                "eventpoll",
+            ] {
+                fd(&process, held);
+                assert!(!own.values().any(|kind| kind == held), "{own:?}");
+            }
+            // What goes by one of the other numbers is its own, or was kept for it.
+            let numbers = process
+                .iter()
+                .filter(|(number, _)| !own.contains_key(number));
+            for (number, what) in numbers {
+                let number = *number as i64;
+                let copied = vm.call(libc::SYS_dup, &[Argument::Number(number)]);
+                assert_eq!(copied, Some(-i64::from(libc::EBADF)), "{what}");
+                let name = CString::new(number.to_string()).unwrap();
+                let by_name = [
+                    Argument::Number(i64::from(libc::AT_FDCWD)),
+                    Argument::Text(&name),
+                    Argument::Number(i64::from(libc::O_RDONLY)),
+                ];
+                let opened = vm.call(libc::SYS_openat, &by_name);
+                assert_eq!(opened, Some(-i64::from(libc::ENOENT)), "{what}");
+            }
+        });
+    }
 }
 
 #[test]
