@@ -8,7 +8,7 @@
 
 use crate::bus::BusDevice;
 use crate::machine::{MachineEvent, MachineEvents};
-use crate::pci::{ConfigSpace, ConfigState, Identity, LayoutError, PciFunction};
+use crate::pci::{CONFIG_BYTES, ConfigSpace, ConfigState, Identity, LayoutError, PciFunction};
 use crate::state::{Foreign, Version};
 use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -90,6 +90,10 @@ impl PvPanic {
 impl PciFunction for PvPanic {
     fn config_read(&self, offset: u8, data: &mut [u8]) {
         self.config().read(offset, data);
+    }
+
+    fn config_space(&self) -> [u8; CONFIG_BYTES] {
+        self.config().bytes()
     }
 
     fn config_write(&self, offset: u8, data: &[u8]) {

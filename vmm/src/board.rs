@@ -12,6 +12,7 @@ use capsid_devices::GuestMemory;
 use capsid_devices::bus::{Bus, BusDevice, BusError};
 use capsid_devices::event::Poller;
 use capsid_devices::i8042::{I8042, I8042_PORT, I8042_PORT_BYTES};
+use capsid_devices::memory::NotMemory;
 use capsid_devices::pci::{
     CONFIG_PORT, CONFIG_PORT_BYTES, FUNCTIONS, LayoutError, PciFunction, PciRoot, Place,
     PlaceError, SLOTS,
@@ -43,6 +44,9 @@ pub enum BoardError {
     /// A place taken twice, or more devices than places.
     #[error("cannot place a device on the PCI bus")]
     Place(#[from] PlaceError),
+    /// No memory where the copy of configuration space goes; a defect of the layout.
+    #[error("cannot place the copy of PCI configuration space")]
+    Copy(#[from] NotMemory),
     /// A device's configuration space; a defect.
     #[error("cannot lay out a PCI device")]
     Layout(#[from] LayoutError),
@@ -203,6 +207,7 @@ impl<'a> Board<'a> {
             self.pci.keep_for_later(bars.first_slot());
             self.mmio.insert(bars.start(), bars.bytes(), bars.clone())?;
         }
+        self.pci.keep_copy(Arc::clone(self.memory))?;
         let (vm, memory) = (self.vm.clone(), Arc::clone(self.memory));
         let mut slots = Slots::new(vm, memory, self.pci.clone(), later);
         for (label, place, transport) in self.virtio {

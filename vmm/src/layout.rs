@@ -2,7 +2,7 @@
 //! compile.
 //!
 //! ```text
-//! 0x0000_0500  GDT that the entry state names        0x000a_0000  hole of a PC (VGA, ROM), no memory
+//! 0x0000_0500  GDT that the entry state names        0x000a_0000  hole of a PC: a copy of PCI configuration space
 //! 0x0000_6000  start info (PVH) and its module       0x0010_0000  kernel, initramfs, free memory
 //! 0x0000_7000  memory map (PVH), zero page (bzImage) 0xc000_0000  hole: PCI BARs, then IOAPIC, LAPIC, KVM's own
 //! 0x0002_0000  command line                          0x1_0000_0000  the memory that the hole pushed up
@@ -10,6 +10,7 @@
 //! ```
 
 use crate::memory::PAGE_BYTES;
+use capsid_devices::pci::{COPY, COPY_BYTES, COPY_MARK};
 use std::ops::Range;
 
 /// The GDT that the entry state points to; the bzImage boot protocol demands one in memory.
@@ -33,7 +34,7 @@ pub const CMDLINE_BYTES: u64 = 2048;
 pub const MP_TABLE: u64 = 0x9_fc00;
 /// Room for the MP table, in bytes.
 pub const MP_TABLE_BYTES: u64 = 0x400;
-/// End of base memory; from here to [`KERNEL_MIN`] a PC has no memory.
+/// End of base memory; from here to [`KERNEL_MIN`] a PC has no memory, and ours the copy of PCI configuration space ([`PCI_COPY`]).
 pub const BASE_MEMORY_END: u64 = 0xa_0000;
 /// Nothing of the kernel or the initramfs may lie below.
 pub const KERNEL_MIN: u64 = 0x10_0000;
@@ -70,6 +71,9 @@ pub const PCI_ADDRESS_BYTES: u32 = 4;
 /// Ports of the address and the data register.
 pub const PCI_PORTS: Range<u16> = 0xcf8..0xd00;
 
+/// The mark and the copy of PCI configuration space behind it (`devices/src/pci/copy.rs`), where no memory map has memory.
+pub const PCI_COPY: Range<u64> = COPY_MARK..COPY + COPY_BYTES as u64;
+
 const fn ends_before(start: u64, bytes: u64, next: u64) -> bool {
     start + bytes <= next
 }
@@ -80,7 +84,8 @@ const _: () = {
     assert!(ends_before(BOOT_PARAMS, BOOT_PARAMS_BYTES, CMDLINE));
     assert!(ends_before(CMDLINE, CMDLINE_BYTES, MP_TABLE));
     assert!(ends_before(MP_TABLE, MP_TABLE_BYTES, BASE_MEMORY_END));
-    assert!(BASE_MEMORY_END < KERNEL_MIN && KERNEL_MIN < HOLE_START);
+    assert!(BASE_MEMORY_END <= PCI_COPY.start && PCI_COPY.end <= KERNEL_MIN);
+    assert!(KERNEL_MIN < HOLE_START);
     assert!(ends_before(PCI_WINDOW, PCI_WINDOW_BYTES, IOAPIC));
     assert!(ends_before(IOAPIC, 0x1000, LOCAL_APIC));
     assert!(ends_before(LOCAL_APIC, 0x1000, KVM_IDENTITY_MAP));

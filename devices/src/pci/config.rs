@@ -229,6 +229,11 @@ impl ConfigSpace {
         Ok(offset)
     }
 
+    /// All of it.
+    pub fn bytes(&self) -> [u8; CONFIG_BYTES] {
+        self.bytes
+    }
+
     /// Fills `data` from `offset`; zero beyond the end.
     pub fn read(&self, offset: u8, data: &mut [u8]) {
         data.fill(0);

@@ -4,8 +4,10 @@
 //! and not there (another bus, another function, an empty slot, the enable bit clear) reads as all ones.
 
 use super::PciFunction;
-use super::config::{ConfigSpace, ConfigState, Identity};
+use super::config::{CONFIG_BYTES, ConfigSpace, ConfigState, Identity};
+use super::copy::ConfigCopy;
 use crate::bus::BusDevice;
+use crate::memory::{GuestMemory, NotMemory};
 use crate::state::{Foreign, Version};
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -84,9 +86,53 @@ struct State {
     /// believes what it was told then.
     later: usize,
     functions: [Option<Arc<dyn PciFunction>>; SLOTS * FUNCTIONS],
+    copy: Option<ConfigCopy>,
 }
 
 impl State {
+    /// The place that the address register names and the offset in its space, if the access stays inside the data register.
+    fn addressed(&self, offset: u64, width: usize) -> Option<(Place, u8)> {
+        let byte = offset.checked_sub(DATA)?;
+        if byte + width as u64 > 4 {
+            return None;
+        }
+        let [register, device_function, bus, _] = self.address.to_le_bytes();
+        if self.address & ENABLE == 0 || bus != 0 {
+            return None;
+        }
+        let place = Place {
+            slot: device_function >> 3,
+            function: device_function & 7,
+        };
+        Some((place, register | byte as u8))
+    }
+
+    /// What is at `place`; `None` if nothing is.
+    fn selected(&self, place: Place) -> Option<Selected> {
+        Some(Selected {
+            function: self.at(place)?.clone(),
+            many: place.function == 0 && self.many(place.slot),
+        })
+    }
+
+    /// Has the copy say what is at `place` now.
+    fn publish(&self, place: Place) {
+        if let Some(copy) = &self.copy {
+            let selected = self.selected(place);
+            let space = selected.map_or([0xff; CONFIG_BYTES], |selected| selected.space());
+            copy.put(place.index(), &space);
+        }
+    }
+
+    /// The same for `place`, whose function came or left, and for what says whether its slot has several.
+    fn publish_slot(&self, place: Place) {
+        self.publish(place);
+        self.publish(Place {
+            function: 0,
+            ..place
+        });
+    }
+
     fn at(&self, place: Place) -> Option<&Arc<dyn PciFunction>> {
         self.functions.get(place.index())?.as_ref()
     }
@@ -117,6 +163,7 @@ impl PciRoot {
                 address: 0,
                 later: SLOTS,
                 functions,
+                copy: None,
             }),
             bridge,
         }
@@ -160,6 +207,7 @@ impl PciRoot {
             Some(free @ None) if exists && found => *free = Some(function),
             _ => return Err(PlaceError(place)),
         }
+        state.publish_slot(place);
         Ok(())
     }
 
@@ -168,11 +216,31 @@ impl PciRoot {
         let mut state = self.lock();
         // The host bridge stays.
         let removable = place.slot > 0 && usize::from(place.function) < FUNCTIONS;
-        state
+        let function = state
             .functions
             .get_mut(place.index())
             .filter(|_| removable)?
-            .take()
+            .take();
+        state.publish_slot(place);
+        function
+    }
+
+    /// Keeps a copy of what all functions say in guest memory ([`super::copy`]).
+    ///
+    /// # Errors
+    /// Its place is not in guest memory.
+    pub fn keep_copy(&self, memory: GuestMemory) -> Result<(), NotMemory> {
+        let mut state = self.lock();
+        state.copy = Some(ConfigCopy::new(memory)?);
+        for slot in 0..SLOTS as u8 {
+            for function in 0..FUNCTIONS as u8 {
+                let place = Place { slot, function };
+                if state.at(place).is_some() {
+                    state.publish(place);
+                }
+            }
+        }
+        Ok(())
     }
 
     /// Keeps the slots from `first` on for functions that come while the guest runs.
@@ -183,42 +251,29 @@ impl PciRoot {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
-
-    /// The selected function and the offset in its space, if the access stays inside the data register.
-    fn selected(&self, offset: u64, width: usize) -> Option<Selected> {
-        let byte = offset.checked_sub(DATA)?;
-        if byte + width as u64 > 4 {
-            return None;
-        }
-        let state = self.lock();
-        let [register, device_function, bus, _] = state.address.to_le_bytes();
-        if state.address & ENABLE == 0 || bus != 0 {
-            return None;
-        }
-        let place = Place {
-            slot: device_function >> 3,
-            function: device_function & 7,
-        };
-        Some(Selected {
-            function: state.at(place)?.clone(),
-            register: register | byte as u8,
-            many: place.function == 0 && state.many(place.slot),
-        })
-    }
 }
 
-/// What the address register names.
+/// A function that was named.
 struct Selected {
     function: Arc<dyn PciFunction>,
-    register: u8,
     /// It is function 0 of several.
     many: bool,
 }
 
 impl Selected {
-    fn read(&self, data: &mut [u8]) {
-        self.function.config_read(self.register, data);
-        let header_type = HEADER_TYPE.checked_sub(self.register);
+    fn read(&self, register: u8, data: &mut [u8]) {
+        self.function.config_read(register, data);
+        self.say_many(register, data);
+    }
+
+    fn space(&self) -> [u8; CONFIG_BYTES] {
+        let mut space = self.function.config_space();
+        self.say_many(0, &mut space);
+        space
+    }
+
+    fn say_many(&self, register: u8, data: &mut [u8]) {
+        let header_type = HEADER_TYPE.checked_sub(register);
         let header_type = header_type.and_then(|at| data.get_mut(usize::from(at)));
         if let (Some(byte), true) = (header_type, self.many) {
             *byte |= MULTI_FUNCTION;
@@ -239,18 +294,30 @@ impl BusDevice for PciRoot {
 
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
+        let state = self.lock();
         if offset == 0 && data.len() == 4 {
-            data.copy_from_slice(&self.lock().address.to_le_bytes());
-        } else if let Some(selected) = self.selected(offset, data.len()) {
-            selected.read(data);
+            data.copy_from_slice(&state.address.to_le_bytes());
+        } else if let Some((place, register)) = state.addressed(offset, data.len()) {
+            let selected = state.selected(place);
+            drop(state);
+            if let Some(selected) = selected {
+                selected.read(register, data);
+            }
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
+        let mut state = self.lock();
         if let (0, Ok(address)) = (offset, <[u8; 4]>::try_from(data)) {
-            self.lock().address = u32::from_le_bytes(address) & ADDRESS_BITS;
-        } else if let Some(selected) = self.selected(offset, data.len()) {
-            selected.function.config_write(selected.register, data);
+            state.address = u32::from_le_bytes(address) & ADDRESS_BITS;
+        } else if let Some((place, register)) = state.addressed(offset, data.len()) {
+            // The write may be one to the device behind it, which is not to hold up the bus.
+            let function = state.at(place).cloned();
+            drop(state);
+            if let Some(function) = function {
+                function.config_write(register, data);
+                self.lock().publish(place);
+            }
         }
     }
 }
@@ -266,6 +333,10 @@ impl HostBridge {
 impl PciFunction for HostBridge {
     fn config_read(&self, offset: u8, data: &mut [u8]) {
         self.lock().read(offset, data);
+    }
+
+    fn config_space(&self) -> [u8; CONFIG_BYTES] {
+        self.lock().bytes()
     }
 
     fn config_write(&self, offset: u8, data: &[u8]) {

@@ -27,7 +27,7 @@ use crate::GuestMemory;
 use crate::bus::BusDevice;
 use crate::counters::Counters;
 use crate::pci::msix::{self, MsiRoutes, Msix};
-use crate::pci::{ConfigSpace, LayoutError, PciFunction};
+use crate::pci::{CONFIG_BYTES, ConfigSpace, LayoutError, PciFunction};
 use std::io;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
@@ -445,6 +445,10 @@ impl PciFunction for VirtioPci {
             core.config.write(self.window + CAP_DATA, &bytes);
         }
         self.core().config.read(offset, data);
+    }
+
+    fn config_space(&self) -> [u8; CONFIG_BYTES] {
+        self.core().config.bytes()
     }
 
     fn config_write(&self, offset: u8, data: &[u8]) {

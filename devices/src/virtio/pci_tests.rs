@@ -418,6 +418,18 @@ fn the_configuration_window_reaches_the_bar() {
 }
 
 #[test]
+fn what_the_configuration_says_is_told_without_an_access_by_its_window() {
+    let (driver, _) = up();
+    let window = driver.window();
+    driver.write_config(window + 8, 4, driver.common.offset + 0x14);
+    driver.write_config(window + 12, 4, 1);
+    let data = usize::try_from(window + 16).unwrap();
+    assert_eq!(driver.transport.config_space()[data], 0);
+    assert_eq!(driver.read_config(window + 16, 1), 0x0f);
+    assert_eq!(driver.transport.config_space()[data], 0x0f);
+}
+
+#[test]
 fn a_window_that_makes_no_sense_reaches_nothing() {
     // V14: PCI cfg cap length 0 and 9.
     let (driver, device) = up();

@@ -12,19 +12,35 @@ pub const OBJECTS: &str = "guest-kernel/objects";
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Object {
     name: &'static str,
-    /// What no symbol of the kernel begins with then.
-    gone: &'static str,
+    effect: Effect,
+}
+
+/// What the kernel's symbols show of a header.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Effect {
+    /// None begins with this any more.
+    Gone(&'static str),
+    /// One begins with this.
+    There(&'static str),
 }
 
 /// All of them.
-const ALL: [Object; 2] = [
+const ALL: [Object; 4] = [
     Object {
         name: "alternative",
-        gone: "patch_retpoline",
+        effect: Effect::Gone("patch_retpoline"),
+    },
+    Object {
+        name: "direct",
+        effect: Effect::There("config_copy_address"),
+    },
+    Object {
+        name: "early",
+        effect: Effect::There("early_config_copy_address"),
     },
     Object {
         name: "slub",
-        gone: "__initcall__kmod_slub__",
+        effect: Effect::Gone("__initcall__kmod_slub__"),
     },
 ];
 
@@ -40,13 +56,21 @@ pub enum ObjectError {
         #[source]
         cause: std::io::Error,
     },
-    /// A header had no effect.
+    /// A header left in what it should leave out.
     #[error("{OBJECTS}/{name}.h does nothing to this source: there is still {symbol}")]
-    NoEffect {
+    Still {
         /// The object.
         name: &'static str,
         /// What should be gone.
         symbol: String,
+    },
+    /// What a header adds is not there.
+    #[error("{OBJECTS}/{name}.h does nothing to this source: there is no {symbol}")]
+    Missing {
+        /// The object.
+        name: &'static str,
+        /// What should be there.
+        symbol: &'static str,
     },
 }
 
@@ -95,13 +119,24 @@ fn header(dir: &Path, object: &Object) -> PathBuf {
 /// Checks the symbols of a kernel, as `System.map` lists them.
 ///
 /// # Errors
-/// Something is there that should be gone.
+/// Something is there that should be gone, or the other way round.
 pub fn check(map: &str) -> Result<(), ObjectError> {
-    let symbols = || map.lines().filter_map(|line| line.split(' ').nth(2));
-    for Object { name, gone } in ALL {
-        if let Some(symbol) = symbols().find(|symbol| symbol.starts_with(gone)) {
-            let symbol = symbol.to_owned();
-            return Err(ObjectError::NoEffect { name, symbol });
+    let find = |start| {
+        let mut symbols = map.lines().filter_map(|line| line.split(' ').nth(2));
+        symbols.find(|symbol| symbol.starts_with(start))
+    };
+    for Object { name, effect } in ALL {
+        match effect {
+            Effect::Gone(start) => {
+                if let Some(symbol) = find(start) {
+                    let symbol = symbol.to_owned();
+                    return Err(ObjectError::Still { name, symbol });
+                }
+            }
+            Effect::There(symbol) if find(symbol).is_none() => {
+                return Err(ObjectError::Missing { name, symbol });
+            }
+            Effect::There(_) => {}
         }
     }
     Ok(())
@@ -123,8 +158,14 @@ mod tests {
 
     #[test]
     fn a_header_without_effect_is_named_with_what_is_still_there() {
-        let without = "ffffffff81000000 T _text\nffffffff81ef69d0 T apply_retpolines\n";
+        let without = "ffffffff81000000 T _text\nffffffff81ef69d0 T apply_retpolines\n\
+            ffffffff82a01230 b config_copy_address\nffffffff82a01234 b early_config_copy_address\n";
         check(without).unwrap();
+        let error = check("ffffffff81000000 T _text\n").unwrap_err().to_string();
+        assert!(
+            error.ends_with("there is no config_copy_address"),
+            "{error}"
+        );
         let with =
             format!("{without}ffffffff81fa0000 d __initcall__kmod_slub__265_7314_slab_late_init7");
         let error = check(&with).unwrap_err().to_string();
