@@ -25,7 +25,7 @@ enum Effect {
 }
 
 /// All of them.
-const ALL: [Object; 4] = [
+const ALL: [Object; 5] = [
     Object {
         name: "alternative",
         effect: Effect::Gone("patch_retpoline"),
@@ -37,6 +37,10 @@ const ALL: [Object; 4] = [
     Object {
         name: "early",
         effect: Effect::There("early_config_copy_address"),
+    },
+    Object {
+        name: "enlighten",
+        effect: Effect::There("xen_is_not_looked_for"),
     },
     Object {
         name: "slub",
@@ -159,7 +163,8 @@ mod tests {
     #[test]
     fn a_header_without_effect_is_named_with_what_is_still_there() {
         let without = "ffffffff81000000 T _text\nffffffff81ef69d0 T apply_retpolines\n\
-            ffffffff82a01230 b config_copy_address\nffffffff82a01234 b early_config_copy_address\n";
+            ffffffff82a01230 b config_copy_address\nffffffff82a01234 b early_config_copy_address\n\
+            ffffffff81ee9400 t xen_is_not_looked_for\n";
         check(without).unwrap();
         let error = check("ffffffff81000000 T _text\n").unwrap_err().to_string();
         assert!(
