@@ -37,6 +37,14 @@ pub struct MachineArgs {
     /// The VMM program (or $CAPSID_VMM)
     #[arg(long, value_name = "FILE")]
     pub vmm: Option<PathBuf>,
+    /// How long the guest may take until its agent can be reached
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value = "300",
+        allow_hyphen_values = true
+    )]
+    pub boot_timeout: String,
     /// Start the VM even where KVM is software, which can take hours
     #[arg(long)]
     pub allow_software_kvm: bool,

@@ -19,8 +19,6 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the VM of a check may take to boot, in ms; an emulated host is some twenty times slower than a real one.
-const BOOT_TIMEOUT_MS: u64 = 300_000;
 /// How long it may take to power off, in ms.
 const POWER_OFF_TIMEOUT_MS: u64 = 30_000;
 /// The first kernel with all of the mount API that is used.
@@ -266,8 +264,8 @@ enum BootError {
     Aborted(#[from] Aborted),
     #[error("the VM ended: {0}")]
     Ended(String),
-    #[error("the guest did not come up within {BOOT_TIMEOUT_MS} ms")]
-    Late,
+    #[error("{}", crate::run::unreached(*.0))]
+    Unreached(Duration),
     #[error("the guest did not power off within {POWER_OFF_TIMEOUT_MS} ms")]
     Stays,
 }
@@ -296,6 +294,7 @@ fn boot(
     abort: &Abort,
     (sender, events): &Events,
 ) -> Result<(StartSandboxResponse, Duration), BootError> {
+    let boot_timeout = quantity::boot_timeout(&args.boot_timeout)?;
     let parts = Parts {
         id: "check".to_owned(),
         vmm: Part::Vmm.find(args)?,
@@ -307,14 +306,15 @@ fn boot(
         console: false,
     };
     let started = Instant::now();
-    let deadline = started + Duration::from_millis(BOOT_TIMEOUT_MS);
+    let deadline = started + boot_timeout;
+    let unreached = || BootError::Unreached(boot_timeout);
     let tell = sender.clone();
     let _machine = Machine::start(parts, move |news| {
         // The check may be over.
         let _nobody_listens = tell.send(Event::Machine(news));
     })?;
     let stream = loop {
-        match next(events, abort, deadline)?.ok_or(BootError::Late)? {
+        match next(events, abort, deadline)?.ok_or_else(unreached)? {
             Event::Machine(News::AgentDialled(stream)) => break stream,
             Event::Machine(News::Ended(ended)) => return Err(BootError::ended(&ended)),
             _ => {}
@@ -323,7 +323,7 @@ fn boot(
     let (agent, tell) = (Agent::new(stream)?, sender.clone());
     thread::spawn(move || call(agent, &tell));
     let guest = loop {
-        match next(events, abort, deadline)?.ok_or(BootError::Late)? {
+        match next(events, abort, deadline)?.ok_or_else(unreached)? {
             Event::Guest(guest) => break guest?,
             Event::Machine(News::Ended(ended)) => return Err(BootError::ended(&ended)),
             _ => {}
@@ -441,6 +441,7 @@ mod tests {
             vmm: Some(built.join("examples/fake-vmm")),
             kernel: Some(script.clone()),
             initramfs: Some(script),
+            boot_timeout: "300".to_owned(),
             ..MachineArgs::default()
         };
         let (abort, events) = (Abort::default(), mpsc::channel());

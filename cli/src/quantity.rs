@@ -1,9 +1,14 @@
 //! Sizes and counts as a person writes them, checked against what a VM may have and what this host has.
 
 use capsid_protocol::machine::{Cpus, MemoryMib};
+use std::ops::RangeInclusive;
+use std::time::Duration;
 
 /// Bytes of a MiB.
 const MIB_BYTES: u64 = 1 << 20;
+/// How long a guest may be given until its agent can be reached, in seconds. An emulated host is some twenty times slower than a
+/// real one.
+const BOOT_TIMEOUTS_S: RangeInclusive<u64> = 1..=3600;
 
 /// Why a number was refused.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -30,6 +35,13 @@ pub(crate) enum QuantityError {
     /// Not a number of CPUs.
     #[error("--cpus {0:?}: a VM has 1 to {max} whole cpus", max = Cpus::MAX)]
     Cpus(String),
+    /// Not a time that a guest may take.
+    #[error(
+        "--boot-timeout {0:?}: a guest may take {least} to {most} whole seconds",
+        least = BOOT_TIMEOUTS_S.start(),
+        most = BOOT_TIMEOUTS_S.end()
+    )]
+    BootTimeout(String),
 }
 
 /// A memory size as docker takes it: a number, maybe with a fraction, and a unit of powers of 1024 in either case
@@ -61,6 +73,17 @@ pub(crate) fn cpus(text: &str) -> Result<Cpus, QuantityError> {
     let refused = || QuantityError::Cpus(text.chars().take(40).collect());
     let count: u64 = text.parse().map_err(|_| refused())?;
     Cpus::try_from(count).map_err(|_| refused())
+}
+
+/// How long a guest may take until its agent can be reached.
+///
+/// # Errors
+/// Another text, or a time out of bounds.
+pub(crate) fn boot_timeout(text: &str) -> Result<Duration, QuantityError> {
+    let seconds = text.parse().ok();
+    let seconds = seconds.filter(|seconds| BOOT_TIMEOUTS_S.contains(seconds));
+    let refused = || QuantityError::BootTimeout(text.chars().take(40).collect());
+    seconds.map(Duration::from_secs).ok_or_else(refused)
 }
 
 fn bytes(text: &str) -> Option<u64> {
@@ -145,6 +168,17 @@ mod tests {
         #[test]
         fn a_plain_number_of_mebibytes_is_itself(count in 64u64..8192) {
             prop_assert_eq!(mib(&format!("{count}m")), Ok(count));
+        }
+    }
+
+    #[test]
+    fn a_guest_may_take_from_a_second_to_an_hour() {
+        for (text, seconds) in [("1", 1), ("300", 300), ("3600", 3600)] {
+            assert_eq!(boot_timeout(text), Ok(Duration::from_secs(seconds)));
+        }
+        for text in ["0", "3601", "-1", "1.5", "1s", "", "99999999999999999999"] {
+            let refused = QuantityError::BootTimeout(text.to_owned());
+            assert_eq!(boot_timeout(text), Err(refused), "{text}");
         }
     }
 }

@@ -147,6 +147,8 @@ pub struct Guest<'a> {
     pub disks: &'a [Disk<'a>],
     /// Network cards.
     pub nics: &'a [Nic],
+    /// The VMM's end of a control channel.
+    pub control: Option<&'a OwnedFd>,
 }
 
 impl Default for Guest<'_> {
@@ -159,6 +161,7 @@ impl Default for Guest<'_> {
             plug_mib: 0,
             disks: &[],
             nics: &[],
+            control: None,
         }
     }
 }
@@ -237,7 +240,7 @@ impl Guest<'_> {
             kernel_fd: number(kernel),
             initramfs_fd: Some(number(initramfs)),
             cmdline: CMDLINE.to_owned(),
-            control_fd: None,
+            control_fd: self.control.map(|fd| number(fd)),
             vsock: None,
             shares: Vec::new(),
             disks: self
@@ -339,8 +342,11 @@ impl Drop for Running {
     }
 }
 
-/// The initramfs: busybox, and `script` as its init.
-fn archive(script: &str) -> Vec<u8> {
+/// An initramfs of busybox alone, with `script` as its init.
+///
+/// # Panics
+/// The test image cannot be read.
+pub fn archive(script: &str) -> Vec<u8> {
     let init = format!(
         "#!/bin/busybox sh\n\
          /bin/busybox --install -s /bin\n\

@@ -9,7 +9,7 @@ mod verdict;
 
 pub(crate) use phases::{Clock, Told};
 pub(crate) use session::Event;
-pub(crate) use verdict::Verdict;
+pub(crate) use verdict::{Verdict, unreached};
 
 use crate::abort::{Abort, Aborted};
 use crate::args::RunArgs;
@@ -32,6 +32,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
+use std::time::Duration;
 
 /// Why a run failed before its command ran.
 #[derive(Debug, thiserror::Error)]
@@ -114,6 +115,7 @@ pub(crate) fn machine_ended(ended: &crate::vm::Ended) -> String {
 struct Checked {
     cpus: Cpus,
     memory: MemoryMib,
+    boot_timeout: Duration,
     volumes: Vec<Volume>,
     env: Vec<String>,
     vmm: PathBuf,
@@ -160,7 +162,7 @@ pub(crate) fn run(
         memory: checked.memory,
         console: args.debug,
     };
-    Session::start(parts, events, clock)?.run(session::Container {
+    Session::start(parts, checked.boot_timeout, events, clock)?.run(session::Container {
         id: wishes.id,
         hostname: wishes.hostname.unwrap_or_default(),
         spec,
@@ -177,6 +179,7 @@ fn check(args: &RunArgs) -> Result<Checked, RunError> {
     let (memory_total, _) = host::memory();
     let cpus = quantity::cpus(&args.cpus)?;
     let memory = quantity::memory(&args.memory, memory_total)?;
+    let boot_timeout = quantity::boot_timeout(&args.machine.boot_timeout)?;
     let volumes = volume::parse_all(&args.volume)?;
     let env = spec::environment(&args.env, |name| std::env::var(name).ok())?;
     if args.interactive && args.tty && !terminal::is_stdin() {
@@ -193,6 +196,7 @@ fn check(args: &RunArgs) -> Result<Checked, RunError> {
     Ok(Checked {
         cpus,
         memory,
+        boot_timeout,
         volumes,
         env,
         vmm,

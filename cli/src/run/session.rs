@@ -3,6 +3,7 @@
 //! ```text
 //! Booting --agent dialled--> Starting --started--> Running --exited--> Draining --outputs ended--> Stopping --VMM ended--> done
 //! ```
+//! An agent that does not dial in time leaves Unreached: the VMM is told to end, so that it says what the guest's last words were.
 //! An ending signal before Running kills the machine; in Running it is forwarded; the third one there kills the
 //! machine, since PID 1 of a container may ignore every signal. The end of the VMM ends every state.
 //!
@@ -27,9 +28,6 @@ use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// How long the guest may take from the VMM's start to the agent's dial, in ms. An emulated host is some twenty times
-/// slower than a real one; a guest that dies is noticed by its VMM and not by this.
-const AGENT_READY_TIMEOUT_MS: u64 = 300_000;
 /// How long the guest may leave an output open and silent after the command's exit, in ms.
 const DRAIN_IDLE_MS: u64 = 30_000;
 /// How long the guest may take to power off, in ms; longer than the VMM's own grace, and an emulated host is slow.
@@ -90,6 +88,7 @@ enum Call {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Booting,
+    Unreached,
     Starting,
     Running,
     Draining,
@@ -103,6 +102,8 @@ pub(crate) struct Session {
     events: mpsc::Receiver<Event>,
     clock: Clock,
     told: Told,
+    /// How long the guest may take from the VMM's start to the agent's dial. One that dies is noticed by its VMM and not by this.
+    boot_timeout: Duration,
     state: State,
     /// When the state is over at the latest.
     deadline: Option<Instant>,
@@ -128,6 +129,7 @@ impl Session {
     /// Nothing was started.
     pub(crate) fn start(
         parts: Parts,
+        boot_timeout: Duration,
         (sender, events): (mpsc::Sender<Event>, mpsc::Receiver<Event>),
         clock: &Clock,
     ) -> Result<Session, RunError> {
@@ -149,8 +151,9 @@ impl Session {
             events,
             clock: clock.clone(),
             told,
+            boot_timeout,
             state: State::Booting,
-            deadline: Some(Instant::now() + Duration::from_millis(AGENT_READY_TIMEOUT_MS)),
+            deadline: Some(Instant::now() + boot_timeout),
             verdict: None,
             lost: None,
             killed_by_us: false,
@@ -218,6 +221,9 @@ impl Session {
 
     /// The agent is there: a thread makes the calls that run the container, another the short ones.
     fn dialled(&mut self, fd: OwnedFd, container: &Arc<Container>) {
+        if self.state != State::Booting {
+            return; // too late: the VMM ends already
+        }
         self.clock.mark("agent");
         self.state = State::Starting;
         self.deadline = None; // each call has its own
@@ -265,12 +271,12 @@ impl Session {
     fn signal(&mut self, signal: Signal) -> Result<(), RunError> {
         let is_ending = ENDING.contains(&signal);
         match self.state {
-            State::Booting | State::Starting if is_ending => {
+            State::Booting | State::Unreached | State::Starting if is_ending => {
                 let signal = signal as i32;
                 // Dropping the session kills the machine and waits for its end.
                 return Err(Aborted { signal }.into());
             }
-            State::Booting | State::Starting => {}
+            State::Booting | State::Unreached | State::Starting => {}
             State::Running if signal == Signal::SIGWINCH => self.resize(),
             State::Running => {
                 self.ending_signals += u32::from(is_ending);
@@ -379,12 +385,11 @@ impl Session {
                 self.stop();
             }
             State::Booting => {
-                let limit_s = AGENT_READY_TIMEOUT_MS / 1000;
-                let reason = format!("the guest did not come up within {limit_s} s");
-                self.verdict = Some(Verdict::ours(reason));
-                self.kill();
+                self.state = State::Unreached;
+                self.deadline = Some(Instant::now() + Duration::from_millis(STOP_TIMEOUT_MS));
+                self.machine.stop();
             }
-            State::Starting | State::Running | State::Stopping => self.kill(),
+            State::Unreached | State::Starting | State::Running | State::Stopping => self.kill(),
         }
     }
 
@@ -399,6 +404,9 @@ impl Session {
         self.clock.mark("end");
         self.flush_outputs();
         self.raw = None;
+        if self.state == State::Unreached {
+            self.verdict = Some(verdict::agent_unreached(self.boot_timeout, &ended));
+        }
         let is_running = matches!(self.state, State::Running);
         let lost = self.lost.take().filter(|_| self.killed_by_us);
         let verdict = self.verdict.take().or(lost);

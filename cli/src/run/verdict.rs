@@ -7,6 +7,7 @@
 use crate::vm::agent::AgentError;
 use crate::vm::{Ended, How};
 use capsid_protocol::exit::VmmExit;
+use std::time::Duration;
 
 /// An error of ours, as docker's.
 pub(crate) const OURS: u8 = 125;
@@ -73,10 +74,21 @@ pub(crate) fn agent_failed(error: &AgentError, is_running: bool) -> Verdict {
     }
 }
 
+/// The agent did not dial in time, whatever kept it, and the machine was told to end.
+pub(crate) fn agent_unreached(limit: Duration, ended: &Ended) -> Verdict {
+    let mut reason = unreached(limit);
+    reason.extend(console(ended));
+    Verdict::ours(reason)
+}
+
+/// The words for it.
+pub(crate) fn unreached(limit: Duration) -> String {
+    format!("agent not reachable in {} s", limit.as_secs())
+}
+
 /// The reason in the VMM's words, where it had any, and in ours.
 fn describe(ended: &Ended, is_running: bool) -> String {
-    let mut lines = ended.words.lines().filter(|line| !line.trim().is_empty());
-    let first = lines
+    let first = lines(ended)
         .next()
         .map(|line| line.trim_start_matches("capsid-vmm: "));
     let mut text = match (ended.how, first) {
@@ -92,12 +104,19 @@ fn describe(ended: &Ended, is_running: bool) -> String {
     }
     // A refused kernel is told in one line; of a guest that went down, the console says more.
     if is_of_the_guest(ended.how) {
-        for line in lines.take(WORDS_MAX_LINES) {
-            text.push('\n');
-            text.push_str(line);
-        }
+        text.extend(console(ended));
     }
     text
+}
+
+fn lines(ended: &Ended) -> impl Iterator<Item = &str> {
+    ended.words.lines().filter(|line| !line.trim().is_empty())
+}
+
+/// What follows the VMM's one line, each line on one of its own.
+fn console(ended: &Ended) -> impl Iterator<Item = String> {
+    let lines = lines(ended).skip(1).take(WORDS_MAX_LINES);
+    lines.map(|line| format!("\n{line}"))
 }
 
 fn is_of_the_guest(how: How) -> bool {
@@ -155,6 +174,16 @@ mod tests {
             reason.starts_with("the VM was stopped: SIGTERM"),
             "{reason}"
         );
+    }
+
+    #[test]
+    fn an_agent_that_is_not_reached_is_ours_with_the_console() {
+        let words = "capsid-vmm: the VM was stopped: SIGTERM\n  console: no agent here\n";
+        let ended = ended(How::Exit(VmmExit::Stopped), words);
+        let verdict = agent_unreached(Duration::from_secs(7), &ended);
+        assert_eq!(verdict.code, 125);
+        let reason = "agent not reachable in 7 s\n  console: no agent here";
+        assert_eq!(verdict.reason.as_deref(), Some(reason));
     }
 
     #[test]

@@ -1,10 +1,13 @@
 //! What dies is reported as what it was, and leaves nothing.
 
 use capsid_tests::bundle::{Scratch, privileged_spec, write};
-use capsid_tests::capsid::{REFUSED, Running, capsid, run, sh};
+use capsid_tests::capsid::{Ended, REFUSED, Run, Running, capsid, kernel, run, sh};
 use capsid_tests::ledger::Ledger;
+use capsid_tests::vmm::archive;
 use nix::sys::signal::{Signal, kill};
 use std::fs;
+use std::path::Path;
+use std::time::Duration;
 
 #[test]
 fn a_vmm_killed_by_9_ends_the_run_with_137_and_says_so() {
@@ -83,6 +86,88 @@ fn an_initramfs_without_a_whole_agent_panics_the_guest_which_is_125_with_the_con
     }
     drop(scratch);
     before.balances();
+}
+
+/// A run whose agent is not to be reached in `seconds`; what it said.
+#[track_caller]
+fn unreached(run: Run, seconds: u64) -> Ended {
+    let ended = run.wait();
+    ended.exits(REFUSED);
+    let said = format!("agent not reachable in {seconds} s");
+    assert!(ended.stderr.contains(&said), "{}", ended.stderr);
+    assert!(ended.took > Duration::from_secs(seconds));
+    ended
+}
+
+#[test]
+fn a_guest_without_an_agent_is_refused_at_its_deadline_with_the_console() {
+    let before = Ledger::now();
+    let scratch = Scratch::new("agentless");
+    let initramfs = scratch.join("initramfs");
+    // An emergency of the kernel's is what a silent console prints.
+    let script = "echo '<0>there is no agent here' > /dev/kmsg; while true; do sleep 1000; done";
+    fs::write(&initramfs, archive(script)).expect("write");
+    // Long enough for an emulated host to boot in.
+    let seconds = 30;
+    let flag = format!("--boot-timeout={seconds}");
+    let ended = unreached(
+        run(&[&flag], &["true"]).env("CAPSID_INITRAMFS", &initramfs),
+        seconds,
+    );
+    assert!(
+        ended.stderr.contains("there is no agent here"),
+        "the console's last lines are shown: {}",
+        ended.stderr
+    );
+    drop(scratch);
+    before.balances();
+}
+
+#[test]
+fn a_kernel_that_never_says_anything_is_refused_at_its_deadline() {
+    let before = Ledger::now();
+    let scratch = Scratch::new("mute");
+    let path = scratch.join("kernel");
+    fs::write(&path, halted(&kernel())).expect("write");
+    let quick = run(&["--boot-timeout=2"], &["true"]).env("CAPSID_KERNEL", &path);
+    let ended = unreached(quick, 2);
+    // It drives no device, so nobody waits for it to power off.
+    assert!(
+        ended.took < Duration::from_secs(10),
+        "after {:?}",
+        ended.took
+    );
+    assert_eq!(ended.stderr.lines().count(), 1, "{}", ended.stderr);
+    drop(scratch);
+    before.balances();
+}
+
+/// The kernel, but its first instructions are `cli` and `hlt`, for ever.
+fn halted(kernel: &Path) -> Vec<u8> {
+    const XEN_ELFNOTE_PHYS32_ENTRY: [u8; 4] = [18, 0, 0, 0];
+    let mut kernel = fs::read(kernel).expect("the guest kernel");
+    let number = |at: usize| {
+        let bytes = kernel[at..at + 8].try_into().expect("8 bytes");
+        usize::try_from(u64::from_le_bytes(bytes)).expect("an address")
+    };
+    // The note: lengths of name and content, type, "Xen\0", and the physical address of the entry (PVH).
+    let name = kernel
+        .windows(8)
+        .position(|note| note.starts_with(&XEN_ELFNOTE_PHYS32_ENTRY) && note.ends_with(b"Xen\0"));
+    let entry = number(name.expect("a PVH note") + 8);
+    // Program headers of 56 bytes: offset, physical address and length in the file are at 8, 24 and 32.
+    let count = usize::from(u16::from_le_bytes([kernel[56], kernel[57]]));
+    let headers = (0..count).map(|index| number(32) + index * 56);
+    let loaded = headers.filter(|at| kernel[*at] == 1);
+    let at = loaded
+        .filter_map(|at| {
+            let inside = entry.checked_sub(number(at + 24))?;
+            (inside < number(at + 32)).then(|| number(at + 8) + inside)
+        })
+        .next();
+    let at = at.expect("the entry's segment");
+    kernel[at..at + 4].copy_from_slice(&[0xfa, 0xf4, 0xeb, 0xfd]);
+    kernel
 }
 
 #[test]

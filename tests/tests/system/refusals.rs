@@ -86,6 +86,17 @@ fn cpus_out_of_range_are_refused_with_the_range() {
 }
 
 #[test]
+fn a_time_that_no_guest_may_take_is_refused_with_the_range() {
+    for seconds in ["0", "-1", "3601", "1.5", "soon"] {
+        let flag = format!("--boot-timeout={seconds}");
+        refused(
+            run(&[&flag], &["true"]),
+            &["--boot-timeout", seconds, "1 to 3600 whole seconds"],
+        );
+    }
+}
+
+#[test]
 fn an_unknown_user_is_refused_by_name() {
     refused(run(&["-u", "nosuchuser"], &["true"]), &["nosuchuser"]);
 }
