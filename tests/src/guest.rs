@@ -46,6 +46,8 @@ pub struct Guest {
     pub hello: StartSandboxResponse,
     /// Its control channel.
     pub control: Control,
+    /// The VMM's end of it.
+    vmm_control: OwnedFd,
     owner: OwnedFd,
     vmm: Child,
     streams: u64,
@@ -77,7 +79,7 @@ impl Guest {
         setsockopt(&owner, sockopt::ReceiveTimeout, &limit).expect("a deadline");
         let number =
             |fd: &dyn AsFd| -> FdNumber { inherited(&fd.as_fd()).expect("an fd for the VMM") };
-        let (control, control_end) = Control::pair();
+        let (control, vmm_control) = Control::pair();
         let mib = |mib| MemoryMib::try_from(mib).expect("memory");
         let count = |count| Cpus::try_from(count).expect("cpus");
         let config = MachineConfig {
@@ -89,7 +91,7 @@ impl Guest {
             balloon_mib: 0,
             memory_max_mib: Some(mib(MEMORY_MIB + PLUGGABLE_MIB)),
             plug_mib: 0,
-            control_fd: Some(number(&control_end)),
+            control_fd: Some(number(&vmm_control)),
             kernel_fd: number(&kernel),
             initramfs_fd: Some(number(&initramfs)),
             cmdline: String::new(),
@@ -111,9 +113,9 @@ impl Guest {
             },
         };
         let (mut command, _config) = command(&config).expect("a configuration");
-        let vmm = crate::vmm::spawn(command.stdout(Stdio::null()));
+        let vmm = crate::vmm::spawn(command.stdout(Stdio::null()).stderr(Stdio::piped()));
         let vmm = vmm.expect("capsid-vmm is on the PATH");
-        drop((vmm_end, control_end));
+        drop(vmm_end);
         let channel = accept(&owner).expect("the agent dials");
         let client = ttrpc::Client::new(channel.into_raw_fd()).expect("a client");
         let agent = AgentClient::new(client);
@@ -122,6 +124,7 @@ impl Guest {
             hello: hello.expect("an agent"),
             agent,
             control,
+            vmm_control,
             owner,
             vmm,
             streams: 0,
@@ -131,6 +134,32 @@ impl Guest {
     /// Process id of the VMM.
     pub fn vmm(&self) -> u32 {
         self.vmm.id()
+    }
+
+    /// Whether the VMM has taken all that was sent to it on the control channel.
+    ///
+    /// # Panics
+    /// The kernel does not say.
+    pub fn has_heard(&self) -> bool {
+        rustix::io::ioctl_fionread(&self.vmm_control).expect("a socket") == 0
+    }
+
+    /// Waits until the VMM ends by itself: its exit code, and what it said.
+    ///
+    /// # Panics
+    /// It is none of our children.
+    pub fn end(mut self) -> (Option<i32>, String) {
+        let said = self.said();
+        (self.vmm.wait().expect("our child").code(), said)
+    }
+
+    /// What the VMM said, at its end.
+    fn said(&mut self) -> String {
+        let mut said = String::new();
+        if let Some(mut stderr) = self.vmm.stderr.take() {
+            stderr.read_to_string(&mut said).expect("its messages");
+        }
+        said
     }
 
     /// A container that only sleeps, for [`Guest::exec`].
@@ -223,6 +252,7 @@ impl Drop for Guest {
         // Fails only when it has ended already.
         let _ended = self.vmm.kill();
         let _reaped = self.vmm.wait();
+        eprint!("{}", self.said());
     }
 }
 
@@ -253,10 +283,13 @@ fn initramfs_with_box() -> Vec<u8> {
 }
 
 fn spec() -> Value {
+    // For the nodes of disks that come and go.
+    let mknod = json!(["CAP_MKNOD"]);
     json!({
         "ociVersion": "1.0.2",
         "process": {"terminal": false, "user": {"uid": 0, "gid": 0}, "args": ["sleep", "100000"],
-                    "env": ["PATH=/bin"], "cwd": "/"},
+                    "env": ["PATH=/bin"], "cwd": "/",
+                    "capabilities": {"bounding": mknod, "effective": mknod, "permitted": mknod}},
         "root": {"path": ROOTFS, "readonly": true},
         "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"},
                    {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755"]},

@@ -24,6 +24,8 @@ mod ledger;
 mod memory;
 #[path = "system/nics.rs"]
 mod nics;
+#[path = "system/pauses.rs"]
+mod pauses;
 #[path = "system/phases.rs"]
 mod phases;
 #[path = "system/refusals.rs"]

@@ -13,14 +13,18 @@ const MIB: usize = 1 << 20;
 
 /// A new file to be a disk.
 fn file(scratch: &Scratch, name: &str, bytes: usize) -> File {
+    new_file(&scratch.join(name), bytes)
+}
+
+pub(crate) fn new_file(path: &str, bytes: usize) -> File {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create_new(true);
-    let file = file.open(scratch.join(name)).expect("a file");
+    let file = file.open(path).expect("a file");
     file.set_len(bytes as u64).expect("its size");
     file
 }
 
-fn disk<'a>(id: &'a str, file: &'a File) -> Disk<'a> {
+pub(crate) fn disk<'a>(id: &'a str, file: &'a File) -> Disk<'a> {
     Disk {
         id,
         file,
@@ -36,7 +40,7 @@ fn said(ended: &Ended) -> Vec<&str> {
 }
 
 #[track_caller]
-fn on_host(program: &str, args: &[&str]) -> String {
+pub(crate) fn on_host(program: &str, args: &[&str]) -> String {
     let output = Command::new(program)
         .args(args)
         .stdin(Stdio::null())
@@ -80,10 +84,10 @@ fn a_file_system_on_a_disk_is_the_same_in_the_guest_and_on_the_host() {
 const IO_URING_DISABLED: &str = "/proc/sys/kernel/io_uring_disabled";
 
 /// No io_uring for anybody, until this is dropped.
-struct NoRing(String);
+pub(crate) struct NoRing(String);
 
 impl NoRing {
-    fn new() -> std::io::Result<NoRing> {
+    pub(crate) fn new() -> std::io::Result<NoRing> {
         let before = std::fs::read_to_string(IO_URING_DISABLED)?;
         std::fs::write(IO_URING_DISABLED, "2")?;
         Ok(NoRing(before))
