@@ -146,6 +146,58 @@ fn a_read_only_disk_cannot_be_written_and_is_unchanged() {
 }
 
 #[test]
+fn what_begins_like_an_image_of_another_form_is_a_disk_of_these_bytes() {
+    let scratch = Scratch::new("disk-magic");
+    // qcow2 with a backing file (GHSA-jmr4-g2hv-mjj6), VMDK, VHD and VHDX.
+    let mut qcow2 = b"QFI\xfb\0\0\0\x02\0\0\0\0\0\0\0\x48\0\0\0\x0b".to_vec();
+    qcow2.resize(0x48, 0);
+    qcow2.extend(b"/etc/shadow");
+    let heads = [&qcow2[..], b"KDMV", b"conectix", b"vhdxfile"];
+    let files = heads.map(|head| {
+        let name = String::from_utf8_lossy(&head[..3]).into_owned();
+        let file = file(&scratch, &name, MIB);
+        file.write_all_at(head, 0).expect("written");
+        file
+    });
+    let disks = files.each_ref().map(|file| disk("image", file));
+    let disks = ["a", "b", "c", "d"].iter().zip(disks);
+    let disks: Vec<_> = disks.map(|(id, disk)| Disk { id, ..disk }).collect();
+    let ended = run_script(
+        "for disk in vda vdb vdc vdd; do \
+             say $(cat /sys/block/$disk/size) $(head -c 3 /dev/$disk) $(grep -c root: /dev/$disk); \
+         done",
+        1,
+        &disks,
+        &[],
+    );
+    let expected = ["2048 QFI 0", "2048 KDM 0", "2048 con 0", "2048 vhd 0"];
+    assert_eq!(said(&ended), expected);
+}
+
+#[test]
+fn a_broken_file_system_is_an_error_in_the_guest_and_nothing_to_the_vmm() {
+    let scratch = Scratch::new("disk-broken");
+    // The superblock is at 1 KiB; groups, inodes and the journal follow.
+    let broken = [("head", 1024..2048), ("groups", 4096..2 * MIB)];
+    let files = broken.map(|(name, range)| {
+        let file = file(&scratch, name, 8 * MIB);
+        on_host("mke2fs", &["-q", "-F", "-t", "ext4", &scratch.join(name)]);
+        file.write_all_at(&vec![0x5a; range.len()], range.start as u64)
+            .expect("written");
+        file
+    });
+    let disks = [disk("head", &files[0]), disk("groups", &files[1])];
+    let ended = run_script(
+        "for disk in vda vdb; do mount -t ext4 /dev/$disk /mnt 2>/dev/null || say refused $disk; done; say on",
+        1,
+        &disks,
+        &[],
+    );
+    assert_eq!(said(&ended), ["refused vda", "refused vdb", "on"]);
+    assert_eq!(ended.stderr, "");
+}
+
+#[test]
 fn sixty_four_disks_are_there_in_their_order() {
     let scratch = Scratch::new("disks");
     let files: Vec<(String, File)> = (0..64)

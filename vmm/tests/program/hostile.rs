@@ -7,17 +7,18 @@ use crate::harness::{Ended, Running, Vmm, can_run, inherited};
 use crate::host_side::{ECHOES, HostSide, NEVER_READS, NEVER_STOPS};
 use crate::jail::tap;
 use crate::owner;
+use crate::usage::{busy, busy_since, open_fds, own_memory_kib};
 use capsid_protocol::control::{REPLY_TIMEOUT_MS, Reply, Request};
 use capsid_protocol::exit::VmmExit;
 use capsid_protocol::machine::SHARES_MAX;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::mount::{OpenTreeFlags, open_tree};
 use rustix::process::Signal;
-use std::fs::{File, create_dir_all, read_dir, read_to_string};
+use std::fs::{File, create_dir_all, read_dir};
 use std::net::UdpSocket;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::{MetadataExt, symlink};
-use std::path::{Path, PathBuf};
+use std::os::unix::fs::{FileExt, MetadataExt, symlink};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -40,10 +41,10 @@ const ASKED_EVERY: Duration = Duration::from_millis(5);
 const WATCHED: Duration = Duration::from_millis(500);
 /// How much of it the VMM may run.
 const BUSY_MAX: Duration = Duration::from_millis(25);
+/// Size of the disks.
+const DISK_BYTES: u64 = 1 << 20;
 /// Everybody on the link.
 const BROADCAST: &str = "10.9.0.255";
-/// The guest's memory, which is one mapping of exactly this size, in KiB.
-const GUEST_MEMORY_KIB: u64 = 64 * 1024;
 
 /// The guest's file, or a loud word that the test cannot run.
 fn guest(test: &str) -> Option<Vec<u8>> {
@@ -172,61 +173,6 @@ fn play(vmm: Vmm, name: &'static str) -> Vec<String> {
     Play::begin(vmm, name).end()
 }
 
-/// Resident memory of the VMM without the guest's, in KiB.
-fn own_memory_kib(running: &Running) -> u64 {
-    let maps = read_to_string(format!("/proc/{}/smaps", running.child.id())).unwrap();
-    let field = |line: &str, name: &str| -> Option<u64> {
-        line.strip_prefix(name)?
-            .trim()
-            .strip_suffix(" kB")?
-            .parse()
-            .ok()
-    };
-    let (mut sum, mut size) = (0, 0);
-    for line in maps.lines() {
-        if let Some(kib) = field(line, "Size:") {
-            size = kib;
-        } else if let Some(kib) = field(line, "Rss:") {
-            sum += if size == GUEST_MEMORY_KIB { 0 } else { kib };
-        }
-    }
-    assert!(sum > 0, "no memory in {maps}");
-    sum
-}
-
-/// How many fds the VMM has open: in its own table, and in that of the threads of each share.
-fn open_fds(running: &Running) -> usize {
-    let process = PathBuf::from(format!("/proc/{}", running.child.id()));
-    let tasks = read_dir(process.join("task")).unwrap();
-    let tasks = tasks.map(|task| task.unwrap().path());
-    let leads = tasks.filter(|task| read_to_string(task.join("comm")).unwrap() == "fs0\n");
-    let places = leads.chain([process.clone()]);
-    let tables = places.map(|place| read_dir(place.join("fd")).unwrap().count());
-    tables.sum()
-}
-
-/// How long all threads of the VMM have run.
-fn busy(running: &Running) -> Duration {
-    let threads = read_dir(
-        Path::new("/proc")
-            .join(running.child.id().to_string())
-            .join("task"),
-    );
-    let run_ns = |thread: std::fs::DirEntry| -> u64 {
-        let times = read_to_string(thread.path().join("schedstat")).unwrap();
-        times
-            .split(' ')
-            .next()
-            .and_then(|ns| ns.parse().ok())
-            .expect("ns")
-    };
-    Duration::from_nanos(threads.unwrap().map(|thread| run_ns(thread.unwrap())).sum())
-}
-
-fn busy_since(running: &Running, before: Duration) -> Duration {
-    busy(running).saturating_sub(before)
-}
-
 /// What all virtio devices have to bear, in order.
 const COMMON: [&str; 11] = [
     "an honest request at first",
@@ -261,7 +207,6 @@ fn the_entropy_device_bears_a_hostile_driver() {
 
 #[test]
 fn a_disk_bears_a_hostile_driver() {
-    const DISK_BYTES: u64 = 1 << 20;
     let Some(guest) = guest("a_disk_bears_a_hostile_driver") else {
         return;
     };
@@ -272,10 +217,37 @@ fn a_disk_bears_a_hostile_driver() {
     let own = [
         "sectors that are not there",
         "ranges that are none",
+        "answers that nothing has room for",
         "the same head twice in flight",
         "resets with requests in flight",
     ];
     assert_eq!(play(vmm, "blk"), chapters(&own));
+    assert_eq!(disk.metadata().unwrap().len(), DISK_BYTES);
+}
+
+#[test]
+fn a_read_only_disk_bears_a_hostile_driver_and_is_not_changed() {
+    let Some(guest) = guest("a_read_only_disk_bears_a_hostile_driver_and_is_not_changed") else {
+        return;
+    };
+    // The file is open for writing: it is the VMM that does not.
+    let disk = inherited(b"");
+    disk.set_len(DISK_BYTES).unwrap();
+    let mut vmm = Vmm::new(&guest);
+    vmm.more = format!(
+        r#","disks":[{{"id":"hostile","fd":{},"read_only":true}}]"#,
+        disk.as_raw_fd()
+    );
+    let own = [
+        "an honest request at first: ok",
+        "sectors that are not there: ok",
+        "what would change the disk: ok",
+        "answers that nothing has room for: ok",
+    ];
+    assert_eq!(play(vmm, "blk-read-only"), own);
+    let mut bytes = vec![1; DISK_BYTES as usize];
+    disk.read_exact_at(&mut bytes, 0).unwrap();
+    assert!(bytes.iter().all(|byte| *byte == 0));
     assert_eq!(disk.metadata().unwrap().len(), DISK_BYTES);
 }
 

@@ -11,3 +11,4 @@ mod hostile;
 mod jail;
 mod owner;
 mod refusals;
+mod usage;

@@ -408,3 +408,22 @@ proptest! {
         prop_assert_eq!((status, data), (OK, vec![7; SECTOR]));
     }
 }
+
+#[test]
+fn a_disk_of_holes_is_as_large_as_its_file_to_the_last_sector() {
+    // BI1.
+    // More sectors than 32 bits count, and no more than any file system lets a file have.
+    const BYTES: u64 = 1 << 43;
+    with_each_engine(|kind| {
+        let holes = file(0);
+        holes.set_len(BYTES).unwrap();
+        let Some(mut guest) = Guest::new(kind, holes, false, ALL) else {
+            return;
+        };
+        let sectors = BYTES / SECTOR as u64;
+        assert_eq!(guest.driver.device_config()[..8], sectors.to_le_bytes());
+        assert_eq!(guest.status(IN, sectors - 1, &[], SECTOR), OK);
+        assert_eq!(guest.status(IN, sectors, &[], SECTOR), IOERR);
+        assert_eq!(guest.status(OUT, sectors, &[1; SECTOR], 0), IOERR);
+    });
+}

@@ -4,6 +4,7 @@
 //!
 //! Needs root, because mounts do. Without it each test says so and is skipped.
 
+mod host;
 mod hostile;
 mod kernel;
 mod names;

@@ -95,6 +95,7 @@ pub(crate) fn play(name: &[u8]) {
     match name {
         b"balloon" => with(balloon::Balloon::new(), &balloon::CHAPTERS),
         b"blk" => with(blk::Blk::new(), &blk::CHAPTERS),
+        b"blk-read-only" => with(blk::Blk::new(), &blk::READ_ONLY_CHAPTERS),
         b"fs" => with(fs::Fs::new(), &fs::CHAPTERS),
         b"machine" => with(rng::Rng::new(), &machine::CHAPTERS),
         b"mem" => with(mem::Mem::new(), &mem::CHAPTERS),
