@@ -14,7 +14,7 @@ use crate::virtio::queue::Positions;
 use serde::{Deserialize, Serialize};
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -235,10 +235,20 @@ impl VirtioDevice for Mem {
         Ok(())
     }
 
-    fn suspend(&mut self, _: &Arc<EventFd>) -> Result<Positions, Busy> {
+    fn suspend(&mut self, idle: &Arc<EventFd>) -> Result<Positions, Busy> {
+        let positions = match &self.active {
+            Some(active) => active.server().hold(idle)?,
+            None => Positions::new(),
+        };
         self.shared.listener.set(None);
-        let active = self.active.take();
-        Ok(active.map(|active| active.positions()).unwrap_or_default())
+        self.active = None;
+        Ok(positions)
+    }
+
+    fn keep_on(&mut self) {
+        if let Some(active) = &self.active {
+            active.server().keep_on();
+        }
     }
 
     fn data(&self) -> DeviceData {
@@ -283,9 +293,8 @@ impl VirtioDevice for Mem {
 }
 
 impl Active {
-    fn positions(&self) -> Positions {
-        let server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
-        server.positions()
+    fn server(&self) -> MutexGuard<'_, Server> {
+        self.server.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -293,7 +302,6 @@ impl Drop for Active {
     fn drop(&mut self) {
         self.event_loop.forget(self.kick);
         // Waits for what is being served; after it nothing touches guest memory.
-        let mut server = self.server.lock().unwrap_or_else(PoisonError::into_inner);
-        server.stop();
+        self.server().stop();
     }
 }

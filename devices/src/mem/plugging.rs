@@ -1,6 +1,10 @@
 //! What it takes to plug blocks and to unplug them, in an order in which nobody ever reaches what is not there.
 //!
 //! A block is plugged for the guest's CPUs first and for devices then, and unplugged the other way round; its pages go last.
+//!
+//! Each of these is a system call, and a request may name all blocks that there are: what is more than one turn of the event loop has
+//! room for is a [`Job`], which later turns go on with. While it is under way, devices reach none of its blocks, and what is not done yet
+//! is as it was for the guest's CPUs.
 
 use super::device::Shared;
 use super::request::{Request, Response, State};
@@ -11,6 +15,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vm_memory::{GuestMemory as _, VolatileSlice};
+
+/// What is plugged or unplugged in one turn of the event loop at most, in blocks: KVM takes some 25 us for each, so 4,096 of them would
+/// keep everybody else waiting for 100 ms.
+const TURN_BLOCKS_MAX: u64 = 64;
+/// And in bytes, whose pages have to be given back, but for a larger block.
+const TURN_BYTES_MAX: u64 = 128 << 20;
 
 /// Makes blocks memory for the guest's CPUs. For one caller at a time.
 pub trait Backing: Send + Sync {
@@ -34,6 +44,28 @@ pub struct Block<'m> {
     pub address: u64,
     /// What backs it, all of it.
     pub memory: VolatileSlice<'m>,
+}
+
+/// A request that is under way.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// The blocks before `next` are mapped.
+    Plug { range: Range<u64>, next: u64 },
+    /// The blocks before `next` are not mapped any more.
+    Unmap { range: Range<u64>, next: u64 },
+    /// None is mapped any more, and the pages of those before `next` are gone.
+    Discard { range: Range<u64>, next: u64 },
+    /// None before `next` is plugged. Each block by itself: those that are left are as they were.
+    UnplugAll { next: u64 },
+}
+
+/// How far a request is.
+#[derive(Debug)]
+pub(super) enum Progress {
+    /// It is answered.
+    Done(Response),
+    /// It needs another turn.
+    UnderWay(Job),
 }
 
 /// The one who plugs and unplugs.
@@ -87,20 +119,31 @@ impl Plugging {
         let work = self.work().ok_or(io::ErrorKind::NotFound)?;
         let result = work.restore(numbers);
         if result.is_err() {
-            work.unplug_all();
+            work.finish(work.begin(Request::UnplugAll));
         }
         result
     }
 
-    pub(super) fn answer(&self, request: Request) -> Response {
-        let Some(work) = self.work() else {
-            return Response::Error;
-        };
-        match request {
-            Request::Plug(range) => work.plug(range),
-            Request::Unplug(range) => work.unplug(range),
-            Request::UnplugAll => work.unplug_all(),
-            Request::State(range) => Response::State(work.state(range)),
+    /// Does the first turn of a request. No other is under way.
+    pub(super) fn begin(&self, request: Request) -> Progress {
+        match self.work() {
+            Some(work) => work.begin(request),
+            None => Progress::Done(Response::Error),
+        }
+    }
+
+    /// Does another turn.
+    pub(super) fn go_on(&self, job: Job) -> Progress {
+        match self.work() {
+            Some(work) => work.go_on(job),
+            None => Progress::Done(Response::Error),
+        }
+    }
+
+    /// Does all that is left, for whoever has no more turns.
+    pub(super) fn finish(&self, job: Job) {
+        if let Some(work) = self.work() {
+            work.finish(Progress::UnderWay(job));
         }
     }
 }
@@ -129,50 +172,122 @@ impl Work<'_> {
         (range.end - range.start) * self.blocks.block_bytes()
     }
 
-    fn plug(&self, range: Range<u64>) -> Response {
+    fn begin(&self, request: Request) -> Progress {
+        let job = match request {
+            Request::Plug(range) => self.plug(range),
+            Request::Unplug(range) => self.unplug(range),
+            Request::UnplugAll => Ok(Job::UnplugAll { next: 0 }),
+            Request::State(range) => Err(Response::State(self.state(range))),
+        };
+        match job {
+            Ok(job) => self.go_on(job),
+            Err(response) => Progress::Done(response),
+        }
+    }
+
+    fn plug(&self, range: Range<u64>) -> Result<Job, Response> {
         if self.state(range.clone()) != State::Unplugged {
-            return Response::Error;
+            return Err(Response::Error);
         }
         let plugged = self.shared.plugged.load(Ordering::Relaxed) + self.bytes(&range);
         if plugged > self.shared.requested.load(Ordering::Relaxed) {
-            return Response::Nack;
+            return Err(Response::Nack);
+        }
+        let next = range.start;
+        Ok(Job::Plug { range, next })
+    }
+
+    fn unplug(&self, range: Range<u64>) -> Result<Job, Response> {
+        if self.state(range.clone()) != State::Plugged {
+            return Err(Response::Error);
         }
         for number in range.clone() {
+            self.blocks.set(number, false);
+        }
+        let next = range.start;
+        Ok(Job::Unmap { range, next })
+    }
+
+    fn go_on(&self, job: Job) -> Progress {
+        match job {
+            Job::Plug { range, next } => self.go_on_plugging(range, next),
+            Job::Unmap { range, next } => self.go_on_unmapping(range, next),
+            Job::Discard { range, next } => self.go_on_discarding(range, next),
+            Job::UnplugAll { next } => self.go_on_unplugging_all(next),
+        }
+    }
+
+    fn finish(&self, mut progress: Progress) -> Response {
+        loop {
+            match progress {
+                Progress::Done(response) => return response,
+                Progress::UnderWay(job) => progress = self.go_on(job),
+            }
+        }
+    }
+
+    /// Where in `range` the turn ends that begins at `next`.
+    fn turn_ends(&self, range: &Range<u64>, next: u64) -> u64 {
+        range.end.min(next + self.turn_blocks())
+    }
+
+    fn turn_blocks(&self) -> u64 {
+        (TURN_BYTES_MAX / self.blocks.block_bytes()).clamp(1, TURN_BLOCKS_MAX)
+    }
+
+    fn go_on_plugging(&self, range: Range<u64>, next: u64) -> Progress {
+        let end = self.turn_ends(&range, next);
+        for number in next..end {
             // What a device wrote here after the block was unplugged goes now.
             self.discard(number);
             if self.map(number).is_err() {
                 for mapped in range.start..number {
                     let _ = self.unmap(mapped);
                 }
-                return Response::Busy;
+                return Progress::Done(Response::Busy);
             }
         }
-        for number in range {
+        if end < range.end {
+            return Progress::UnderWay(Job::Plug { range, next: end });
+        }
+        for number in range.clone() {
             self.blocks.set(number, true);
         }
-        self.shared.plugged.store(plugged, Ordering::Relaxed);
-        Response::Ack
+        let bytes = self.bytes(&range);
+        self.shared.plugged.fetch_add(bytes, Ordering::Relaxed);
+        Progress::Done(Response::Ack)
     }
 
-    fn unplug(&self, range: Range<u64>) -> Response {
-        if self.state(range.clone()) != State::Plugged {
-            return Response::Error;
-        }
-        for number in range.clone() {
-            self.blocks.set(number, false);
-        }
-        for number in range.clone() {
+    fn go_on_unmapping(&self, range: Range<u64>, next: u64) -> Progress {
+        let end = self.turn_ends(&range, next);
+        for number in next..end {
             if self.unmap(number).is_err() {
                 self.undo_unplug(range, number);
-                return Response::Busy;
+                return Progress::Done(Response::Busy);
             }
         }
-        for number in range.clone() {
+        if end < range.end {
+            return Progress::UnderWay(Job::Unmap { range, next: end });
+        }
+        // Nothing is undone from here on.
+        let next = range.start;
+        match range.end - range.start > self.turn_blocks() {
+            true => Progress::UnderWay(Job::Discard { range, next }),
+            false => self.go_on_discarding(range, next),
+        }
+    }
+
+    fn go_on_discarding(&self, range: Range<u64>, next: u64) -> Progress {
+        let end = self.turn_ends(&range, next);
+        for number in next..end {
             self.discard(number);
+        }
+        if end < range.end {
+            return Progress::UnderWay(Job::Discard { range, next: end });
         }
         let bytes = self.bytes(&range);
         self.shared.plugged.fetch_sub(bytes, Ordering::Relaxed);
-        Response::Ack
+        Progress::Done(Response::Ack)
     }
 
     /// The guest keeps `range`, of which those below `failed` are not mapped any more.
@@ -190,7 +305,7 @@ impl Work<'_> {
     }
 
     fn restore(&self, numbers: &[u32]) -> io::Result<()> {
-        if self.unplug_all() != Response::Ack {
+        if self.finish(self.begin(Request::UnplugAll)) != Response::Ack {
             return Err(io::ErrorKind::ResourceBusy.into());
         }
         for number in numbers.iter().map(|number| u64::from(*number)) {
@@ -202,13 +317,19 @@ impl Work<'_> {
         Ok(())
     }
 
-    fn unplug_all(&self) -> Response {
-        for number in (0..self.blocks.count()).filter(|number| self.blocks.is_plugged(*number)) {
-            if self.unplug(number..number + 1) != Response::Ack {
-                return Response::Busy;
+    fn go_on_unplugging_all(&self, next: u64) -> Progress {
+        let mut left = self.turn_blocks();
+        for number in (next..self.blocks.count()).filter(|number| self.blocks.is_plugged(*number)) {
+            if left == 0 {
+                return Progress::UnderWay(Job::UnplugAll { next: number });
+            }
+            left -= 1;
+            let one = Request::Unplug(number..number + 1);
+            if self.finish(self.begin(one)) != Response::Ack {
+                return Progress::Done(Response::Busy);
             }
         }
-        Response::Ack
+        Progress::Done(Response::Ack)
     }
 
     fn map(&self, number: u64) -> io::Result<()> {

@@ -1,5 +1,7 @@
 //! The memory device against a driver, an honest one and others.
 
+mod turns;
+
 use super::{Backing, Block, Mem, MemHandle};
 use crate::GuestMemory;
 use crate::event::Poller;
@@ -8,7 +10,7 @@ use crate::virtio::device::RestoreError;
 use proptest::prelude::*;
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use vm_memory::{Bytes, GuestAddress, GuestMemory as _};
@@ -31,6 +33,8 @@ struct Slots {
     mapped: Mutex<BTreeSet<u32>>,
     /// Calls until one fails, and all after it.
     fails_after: AtomicU64,
+    /// Only one fails.
+    once: AtomicBool,
 }
 
 impl Slots {
@@ -38,11 +42,20 @@ impl Slots {
         self.mapped.lock().unwrap().iter().copied().collect()
     }
 
+    /// One call fails, after so many.
+    fn refuses_once_after(&self, calls: u64) {
+        self.once.store(true, Ordering::Relaxed);
+        self.fails_after.store(calls, Ordering::Relaxed);
+    }
+
     fn step(&self, block: &Block<'_>) -> io::Result<()> {
         assert_eq!(block.address, START + u64::from(block.number) * BLOCK);
         assert_eq!(block.memory.len() as u64, BLOCK);
         let left = self.fails_after.load(Ordering::Relaxed);
         if left == 0 {
+            if self.once.swap(false, Ordering::Relaxed) {
+                self.fails_after.store(u64::MAX, Ordering::Relaxed);
+            }
             return Err(io::ErrorKind::OutOfMemory.into());
         }
         self.fails_after.store(left - 1, Ordering::Relaxed);
@@ -73,7 +86,12 @@ struct Guest {
 
 impl Guest {
     fn up() -> Guest {
-        let mut guest = Guest::fresh();
+        Guest::up_of(BLOCKS)
+    }
+
+    /// The same with so many blocks.
+    fn up_of(blocks: u64) -> Guest {
+        let mut guest = Guest::fresh_of(blocks);
         guest.driver.negotiate(1 << 1);
         guest.driver.setup_queue(0, 16);
         guest.driver.start();
@@ -82,14 +100,19 @@ impl Guest {
 
     /// One whose driver has done nothing yet.
     fn fresh() -> Guest {
+        Guest::fresh_of(BLOCKS)
+    }
+
+    /// The same with so many blocks.
+    fn fresh_of(blocks: u64) -> Guest {
         let poller = Arc::new(Poller::new().unwrap());
-        let pluggable = (START, (BLOCKS * BLOCK) as usize);
+        let pluggable = (START, (blocks * BLOCK) as usize);
         let memory = memory_with_blocks(&[(0, 16 << 20)], pluggable, BLOCK);
         let slots = Arc::new(Slots {
             fails_after: AtomicU64::new(u64::MAX),
             ..Slots::default()
         });
-        let max = BLOCKS * BLOCK;
+        let max = blocks * BLOCK;
         let mem = Mem::new(&memory, max, slots.clone(), poller.clone()).unwrap();
         let handle = mem.handle();
         Guest {
@@ -142,7 +165,8 @@ impl Guest {
             self.memory()
                 .get_slice(GuestAddress(START + block * BLOCK), BLOCK as usize)
         };
-        (0..BLOCKS).filter(|block| slice(block).is_ok()).collect()
+        let blocks = self.config(3) / BLOCK;
+        (0..blocks).filter(|block| slice(block).is_ok()).collect()
     }
 
     /// All that is told about what is plugged is the same.
