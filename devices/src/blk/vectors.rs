@@ -10,12 +10,11 @@
 
 use super::work::{Call, ZEROES_MAX_BYTES};
 use crate::GuestMemory;
+use crate::syscall::VECTORS_MAX;
 use rustix::io::Errno;
 use std::os::fd::RawFd;
 use vm_memory::VolatileSlice;
 
-/// Most buffers of one call, which is what the kernel takes (`UIO_MAXIOV`); the rest is a short transfer.
-const VECTORS_MAX: usize = 1024;
 /// Most bytes of one call; the rest is a short transfer. What is in the host's page cache is copied while the caller waits, and
 /// a guest may name the same buffer many times over: a chain has up to 4 GiB.
 pub(super) const CALL_MAX_BYTES: usize = 1 << 20;

@@ -8,15 +8,11 @@
 //! references for a safe wrapper's sake, because the guest writes it while they would live.
 #![allow(unsafe_code)]
 
-use crate::syscall::count;
+use crate::syscall::{VECTORS_MAX, count, vector};
 use crate::virtio::chain;
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use vm_memory::VolatileSlice;
-
-/// Most buffers of one call, which is what the kernel takes (`UIO_MAXIOV`). The largest request of Linux has
-/// 260; of one with more, the rest is a short read or write.
-const VECTORS_MAX: usize = 1024;
 
 /// The checked buffers of one request.
 pub(crate) struct Buffers<'m> {
@@ -88,20 +84,10 @@ impl<'m> Buffers<'m> {
         file: BorrowedFd<'_>,
         file_offset: u64,
     ) -> Result<usize, Errno> {
-        let guards: Vec<_> = cut(&self.writable, offset, len)
-            .take(VECTORS_MAX)
-            .map(|slice| (slice.ptr_guard_mut(), slice.len()))
-            .collect();
-        let vectors: Vec<libc::iovec> = guards
-            .iter()
-            .map(|(guard, len)| libc::iovec {
-                iov_base: guard.as_ptr().cast(),
-                iov_len: *len,
-            })
-            .collect();
+        let vectors = vectors(&self.writable, offset, len);
         let file_offset = i64::try_from(file_offset).map_err(|_| Errno::INVAL)?;
-        // SAFETY: each vector lies whole inside guest memory (checked by `chain`), which `guards` and
-        // `'m` keep mapped; the kernel writes at most that, and no Rust reference to it exists.
+        // SAFETY: each vector lies whole inside guest memory (checked by `chain`), which `'m` keeps mapped;
+        // the kernel writes at most that, and no Rust reference to it exists.
         let done = unsafe {
             libc::preadv(
                 file.as_raw_fd(),
@@ -122,17 +108,7 @@ impl<'m> Buffers<'m> {
         file_offset: u64,
         append: bool,
     ) -> Result<usize, Errno> {
-        let guards: Vec<_> = cut(&self.readable, offset, len)
-            .take(VECTORS_MAX)
-            .map(|slice| (slice.ptr_guard(), slice.len()))
-            .collect();
-        let vectors: Vec<libc::iovec> = guards
-            .iter()
-            .map(|(guard, len)| libc::iovec {
-                iov_base: guard.as_ptr().cast_mut().cast(),
-                iov_len: *len,
-            })
-            .collect();
+        let vectors = vectors(&self.readable, offset, len);
         let file_offset = i64::try_from(file_offset).map_err(|_| Errno::FBIG)?;
         // SAFETY: as in `read_file`; the kernel only reads these vectors.
         let done = unsafe {
@@ -146,6 +122,13 @@ impl<'m> Buffers<'m> {
         };
         count(done)
     }
+}
+
+/// The vectors of one call for `len` bytes from `offset` on. The largest request of Linux has 260 buffers; of one with more than a
+/// call takes, the rest is a short read or write.
+fn vectors(slices: &[VolatileSlice<'_>], offset: usize, len: usize) -> Vec<libc::iovec> {
+    let slices = cut(slices, offset, len).take(VECTORS_MAX);
+    slices.map(|slice| vector(&slice)).collect()
 }
 
 /// The parts of `slices` that make up `len` bytes from `offset` on, as far as there are any.

@@ -121,15 +121,13 @@ impl Net {
     /// See [`NetError`].
     #[cfg(any(test, feature = "testing"))]
     pub fn on_sockets(setup: NetSetup, event_loop: Arc<dyn EventLoop>) -> Result<Net, NetError> {
-        Net::on(setup, event_loop, |socket| {
-            Ok((Tap::in_place_of_one(socket), true))
-        })
+        Net::on(setup, event_loop, |socket| Ok(Tap::in_place_of_one(socket)))
     }
 
     fn on(
         setup: NetSetup,
         event_loop: Arc<dyn EventLoop>,
-        open: impl Fn(OwnedFd) -> Result<(Tap, bool), TapError>,
+        open: impl Fn(OwnedFd) -> Result<Tap, TapError>,
     ) -> Result<Net, NetError> {
         let pairs = setup.taps.len();
         if !(1..=PAIRS_MAX).contains(&pairs) {
@@ -143,11 +141,14 @@ impl Net {
             return Err(NetError::Mtu(setup.mtu));
         }
         let mut taps = Vec::with_capacity(pairs);
-        let mut uso = true;
+        let mut uso = false;
         for tap in setup.taps {
             let fd = tap.as_raw_fd();
-            let (tap, can) = open(tap).map_err(|cause| NetError::Tap { fd, cause })?;
-            uso &= can;
+            let refused = |cause| NetError::Tap { fd, cause };
+            let tap = open(tap).map_err(refused)?;
+            if taps.is_empty() {
+                uso = tap.leave_nothing().map_err(refused)?;
+            }
             taps.push(Arc::new(tap));
         }
         let mut queue_sizes = vec![QUEUE_SIZE; 2 * pairs];

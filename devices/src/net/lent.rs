@@ -6,8 +6,9 @@
 //! them mapped.
 #![allow(unsafe_code)]
 
-use super::tap::{HEADER_BYTES, Tap, VECTORS_MAX};
+use super::tap::{HEADER_BYTES, Tap};
 use crate::GuestMemory;
+use crate::syscall::{VECTORS_MAX, vector};
 use rustix::io::Errno;
 use std::collections::VecDeque;
 use vm_memory::VolatileSlice;
@@ -62,10 +63,6 @@ impl Lent {
 
     /// Takes the writable buffers of a chain.
     pub(super) fn add(&mut self, head: u16, pieces: &[VolatileSlice<'_>]) {
-        let vector = |piece: &VolatileSlice<'_>| libc::iovec {
-            iov_base: piece.ptr_guard_mut().as_ptr().cast(),
-            iov_len: piece.len(),
-        };
         self.vectors.extend(pieces.iter().map(vector));
         // The walk admitted no more than u32::MAX bytes a chain, and there are no more chains than a queue has entries.
         let bytes = pieces.iter().map(VolatileSlice::len).sum();

@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use super::features::{TUN_ALWAYS, TUN_USO};
-use crate::syscall::count;
+use crate::syscall::{VECTORS_MAX, count, vector};
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 use rustix::io::Errno;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -12,8 +12,6 @@ use vm_memory::VolatileSlice;
 
 /// Bytes of `struct virtio_net_hdr_v1` (section 5.1.6).
 pub(super) const HEADER_BYTES: usize = 12;
-/// Most vectors of one call (`UIO_MAXIOV`).
-pub(super) const VECTORS_MAX: usize = 1024;
 
 /// Most packets that are thrown away at once: twice what a tap device keeps, unless it was told to keep more.
 const DISCARDED_MAX: u64 = 2000;
@@ -42,11 +40,14 @@ pub enum TapError {
 pub(super) struct Tap(OwnedFd);
 
 impl Tap {
-    /// Checks what it is, and sets it up: nothing is left to the guest yet. Also whether it can cut UDP packets.
+    /// Checks what it is, and has it put the header of virtio in front of packets.
+    ///
+    /// Each ioctl of a tap device, and its end, waits for the one lock of all network settings of the host (`rtnl_lock`,
+    /// drivers/net/tun.c), those that only ask included: an owner that had done these would spare nobody the wait.
     ///
     /// # Errors
     /// See [`TapError`].
-    pub(super) fn new(fd: OwnedFd) -> Result<(Tap, bool), TapError> {
+    pub(super) fn new(fd: OwnedFd) -> Result<Tap, TapError> {
         let tap = Tap(fd);
         let flags = tap.flags().map_err(TapError::NotTap)?;
         let form = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as u16;
@@ -60,10 +61,18 @@ impl Tap {
         // SAFETY: TUNSETVNETHDRSZ reads an int (drivers/net/tun.c).
         let done = unsafe { libc::ioctl(tap.0.as_raw_fd(), TUNSETVNETHDRSZ, &raw const size) };
         count(done as isize).map_err(|e| TapError::Set("set the size of its header", e))?;
-        let uso = tap.set_offload(TUN_ALWAYS | TUN_USO).is_ok();
-        tap.set_offload(0)
+        Ok(tap)
+    }
+
+    /// Leaves nothing to the guest yet; whether it can cut UDP packets. Of a device with several queues, one is enough.
+    ///
+    /// # Errors
+    /// See [`TapError`].
+    pub(super) fn leave_nothing(&self) -> Result<bool, TapError> {
+        let uso = self.set_offload(TUN_ALWAYS | TUN_USO).is_ok();
+        self.set_offload(0)
             .map_err(|e| TapError::Set("set its offloads", e))?;
-        Ok((tap, uso))
+        Ok(uso)
     }
 
     /// A socket in place of a tap device: one end of a pair of SOCK_DGRAM that does not block. Its offloads are nobody's.
@@ -103,21 +112,10 @@ impl Tap {
     /// # Errors
     /// `AGAIN`: there is no room now. Anything else: the packet is none.
     pub(super) fn send(&self, pieces: &[VolatileSlice<'_>]) -> Result<usize, Errno> {
-        let guards: Vec<_> = pieces
-            .iter()
-            .take(VECTORS_MAX)
-            .map(|piece| (piece.ptr_guard(), piece.len()))
-            .collect();
-        let vectors: Vec<libc::iovec> = guards
-            .iter()
-            .map(|(guard, len)| libc::iovec {
-                iov_base: guard.as_ptr().cast_mut().cast(),
-                iov_len: *len,
-            })
-            .collect();
+        let vectors: Vec<libc::iovec> = pieces.iter().take(VECTORS_MAX).map(vector).collect();
         let length = vectors.len() as libc::c_int;
-        // SAFETY: each vector lies whole inside guest memory (checked by `chain`), which `guards` keep mapped; the kernel
-        // only reads it.
+        // SAFETY: each vector lies whole inside guest memory (checked by `chain`), which the borrow behind `pieces` keeps mapped; the
+        // kernel only reads it.
         let done = unsafe { libc::writev(self.0.as_raw_fd(), vectors.as_ptr(), length) };
         count(done)
     }

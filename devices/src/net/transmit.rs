@@ -2,8 +2,9 @@
 
 use super::receive::PACKET_MAX_BYTES;
 use super::server::NetCounters;
-use super::tap::{HEADER_BYTES, Tap, VECTORS_MAX};
+use super::tap::{HEADER_BYTES, Tap};
 use crate::GuestMemory;
+use crate::syscall::VECTORS_MAX;
 use crate::virtio::queue::{ActiveQueue, Broken, QueuePosition};
 use rustix::io::Errno;
 use std::sync::Arc;

@@ -7,6 +7,8 @@
 //! writes at any time would be undefined.
 #![allow(unsafe_code)]
 
+use crate::syscall::{self, count};
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, Shutdown, SocketType};
 use std::collections::VecDeque;
 use std::io;
@@ -51,9 +53,9 @@ impl HostSocket {
                     libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC,
                 )
             };
-            match checked(received) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return result,
+            match count(received) {
+                Err(Errno::INTR) => {}
+                result => return Ok(result?),
             }
         }
     }
@@ -71,9 +73,9 @@ impl HostSocket {
                     libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
                 )
             };
-            match checked(sent) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                result => return result,
+            match count(sent) {
+                Err(Errno::INTR) => {}
+                result => return Ok(result?),
             }
         }
     }
@@ -124,10 +126,6 @@ impl AsRawFd for HostSocket {
     }
 }
 
-fn checked(result: isize) -> io::Result<usize> {
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}
-
 /// Slices as the kernel takes them.
 struct Vectors {
     vectors: [libc::iovec; SLICES_PER_CALL],
@@ -142,8 +140,7 @@ impl Vectors {
         };
         let mut vectors = [empty; SLICES_PER_CALL];
         for (vector, slice) in vectors.iter_mut().zip(slices) {
-            vector.iov_base = slice.ptr_guard_mut().as_ptr().cast();
-            vector.iov_len = slice.len();
+            *vector = syscall::vector(slice);
         }
         Vectors {
             vectors,

@@ -35,7 +35,9 @@ pub(crate) trait Honest {
     fn device(&self) -> Device;
 
     /// Which of its features the driver uses, besides those of the transport.
-    fn features(&self) -> u64;
+    fn features(&self) -> u64 {
+        0
+    }
 
     /// The queues, which the device sees from [`Honest::up`] on.
     fn rings(&mut self) -> &mut [Ring];

@@ -54,10 +54,6 @@ impl Honest for Rng {
         self.device
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn rings(&mut self) -> &mut [Ring] {
         &mut self.rings
     }

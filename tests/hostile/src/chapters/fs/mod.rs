@@ -163,10 +163,6 @@ impl Honest for Fs {
         self.device
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn rings(&mut self) -> &mut [Ring] {
         &mut self.rings
     }

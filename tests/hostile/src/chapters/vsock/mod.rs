@@ -224,10 +224,6 @@ impl Honest for Vsock {
         self.device
     }
 
-    fn features(&self) -> u64 {
-        0
-    }
-
     fn rings(&mut self) -> &mut [Ring] {
         &mut self.rings
     }
