@@ -58,6 +58,14 @@ pub fn context() -> Context {
     with_timeout(CALL_TIMEOUT_NS)
 }
 
+/// Whether the VMM has taken all that was sent to it on the control channel of which this is its end.
+///
+/// # Panics
+/// The kernel does not say.
+pub fn has_heard(vmm_control: &OwnedFd) -> bool {
+    rustix::io::ioctl_fionread(vmm_control).expect("a socket") == 0
+}
+
 impl Guest {
     /// Boots a guest in which `cpus` CPUs come up and which has `cpus_max`, with `disks`, and waits for its agent.
     ///
@@ -137,11 +145,8 @@ impl Guest {
     }
 
     /// Whether the VMM has taken all that was sent to it on the control channel.
-    ///
-    /// # Panics
-    /// The kernel does not say.
     pub fn has_heard(&self) -> bool {
-        rustix::io::ioctl_fionread(&self.vmm_control).expect("a socket") == 0
+        has_heard(&self.vmm_control)
     }
 
     /// Waits until the VMM ends by itself: its exit code, and what it said.

@@ -51,6 +51,9 @@ pub struct Boot {
     /// A static Firecracker to compare with
     #[arg(long, value_name = "PATH")]
     pub firecracker: Option<PathBuf>,
+    /// CPUs that a guest of capsid-vmm has, of which one comes up
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=32))]
+    pub cpus_max: u32,
     /// Counted starts of each system
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub samples: u32,
@@ -212,6 +215,8 @@ fn boot_order(context: &Context<'_>, options: &Boot) -> Result<Order, Box<dyn Er
         inside(INIT_ARCHIVE),
         "--initramfs".to_owned(),
         inside("share/initramfs.cpio"),
+        "--cpus-max".to_owned(),
+        options.cpus_max.to_string(),
         "--samples".to_owned(),
         options.samples.to_string(),
     ]);

@@ -99,6 +99,7 @@ fn capsid(own: bool, files: &Files) -> io::Result<Sample> {
             })
         },
         report_fd: Some(inherited(&report)?),
+        cpus_max: Some(files.cpus_max),
         ..plain_machine(&kernel, &initramfs)?
     };
     let (mut command, _config) = command(&config)?;

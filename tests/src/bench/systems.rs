@@ -1,5 +1,6 @@
 //! The systems that are compared, and the command line of each.
 
+use capsid_protocol::machine::Cpus;
 use serde_json::{Value, json};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ pub const MEMORY_MIB: u64 = 128;
 /// first byte is the init's; reset at once.
 pub const CMDLINE: &str = "reboot=k panic=-1 loglevel=0 8250.nr_uarts=1";
 
-/// The files a run needs.
+/// What a run needs.
 #[derive(Clone, Debug)]
 pub struct Files {
     /// ELF kernel that every VMM boots.
@@ -23,6 +24,8 @@ pub struct Files {
     pub bundle: PathBuf,
     /// A directory for what a system wants on disk.
     pub scratch: PathBuf,
+    /// CPUs that a guest of `capsid-vmm` has, of which one comes up.
+    pub cpus_max: Cpus,
 }
 
 /// One system under test.

@@ -1,5 +1,6 @@
 //! `capsid-bench`: the benchmarks on this host. `cargo xtask bench` runs them in the metered testbed.
 
+use capsid_protocol::machine::Cpus;
 use capsid_tests::bench::load::Device;
 use capsid_tests::bench::systems::System;
 use capsid_tests::bench::{boot, devices, machine, share, systems};
@@ -40,6 +41,9 @@ struct Boot {
     /// Firecracker, if it is to be compared.
     #[arg(long)]
     firecracker: Option<PathBuf>,
+    /// CPUs that a guest of `capsid-vmm` has, of which one comes up.
+    #[arg(long, default_value_t = 1)]
+    cpus_max: u64,
     /// Counted starts of each system.
     #[arg(long, default_value_t = 5)]
     samples: usize,
@@ -93,6 +97,7 @@ fn bench_boot(args: Boot) -> io::Result<()> {
         initramfs: args.initramfs,
         bundle: args.bundle,
         scratch: std::env::temp_dir(),
+        cpus_max: Cpus::try_from(args.cpus_max).map_err(io::Error::other)?,
     };
     let mut systems = vec![System::Capsid, System::QemuMicrovm];
     systems.extend(args.firecracker.map(System::Firecracker));

@@ -94,6 +94,23 @@ fn a_boot_until_the_agent_answers_costs_no_more_than_its_budget() {
 }
 
 #[test]
+fn a_cpu_that_has_not_come_up_costs_a_thread_and_little_memory() {
+    let mut costs = BTreeMap::new();
+    for cpus_max in [8, 32] {
+        let mut guest = Guest::start(1, cpus_max, &[]);
+        let pid = guest.vmm();
+        let mut cost = |what: &str, cost| {
+            costs.insert(format!("{cpus_max} CPUs, {what}"), cost);
+        };
+        cost("KiB", cost::own_pss_kib(pid).expect("its mappings"));
+        let threads = cost::threads(pid).expect("its threads");
+        cost("threads", threads.len() as u64);
+        cost("exits", exits(&mut guest).values().sum());
+    }
+    hold("cpus_max", &costs);
+}
+
+#[test]
 fn an_idle_vmm_is_small_and_so_is_one_with_64_disks_and_4_cards() {
     let scratch = Scratch::new("budget");
     let file = File::create_new(scratch.join("disk")).expect("a file");

@@ -7,13 +7,14 @@ use capsid_protocol::control::{Reply, Request, RunState};
 use capsid_protocol::exit::VmmExit;
 use capsid_tests::bundle::Scratch;
 use capsid_tests::control::Control;
-use capsid_tests::guest::Guest;
+use capsid_tests::guest::{Guest, has_heard};
 use capsid_tests::ledger::Ledger;
 use capsid_tests::vmm;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::time::{Duration, Instant};
 
@@ -80,6 +81,15 @@ fn refused(control: &mut Control) -> (String, Duration) {
     }
 }
 
+/// Asks for a pause and waits until that was `heard`, but for no reply.
+fn begin_pause(control: &Control, heard: impl Fn() -> bool) {
+    let pause = Request::Pause.to_frame().expect("a request");
+    control.socket().write_all(&pause).expect("sent");
+    while !heard() {
+        std::thread::yield_now();
+    }
+}
+
 #[track_caller]
 fn runs(control: &mut Control) -> bool {
     match control.ask(&Request::State, &[]) {
@@ -99,44 +109,67 @@ const OBEDIENT: &str = "\
         fi
     done";
 
+/// A guest that does what its second disk says.
+struct Obedient {
+    running: vmm::Running,
+    words: File,
+    control: Control,
+    /// The VMM's end of it.
+    vmm_control: OwnedFd,
+}
+
+impl Obedient {
+    fn start(scratch: &Scratch, icebox: &Icebox) -> Obedient {
+        let (data, words) = (icebox.file(), new_file(&scratch.join("words"), MIB));
+        let (control, vmm_control) = Control::pair();
+        let guest = vmm::Guest {
+            script: OBEDIENT,
+            disks: &[disk("data", &data), disk("words", &words)],
+            control: Some(&vmm_control),
+            ..vmm::Guest::default()
+        };
+        let mut obedient = Obedient {
+            running: guest.start(),
+            words,
+            control,
+            vmm_control,
+        };
+        obedient.hears("up");
+        obedient
+    }
+
+    /// Gives it a word, which it says.
+    fn hears(&mut self, word: &str) {
+        let written = self.words.write_all_at(word.as_bytes(), 0);
+        written.expect("a file");
+        self.running.until_it_says(word);
+    }
+}
+
 /// A guest writes to a disk that does not answer, and a pause is refused; then the disk answers, and one is not.
 fn a_pause_is_refused_and_the_vm_goes_on() {
     let before = Ledger::now();
     let scratch = Scratch::new("frozen");
     let icebox = Icebox::new(&scratch);
-    let (data, words) = (icebox.file(), new_file(&scratch.join("words"), MIB));
-    words.write_all_at(b"up", 0).expect("written");
-    let (mut control, vmm_end) = Control::pair();
-    let mut running = vmm::Guest {
-        script: OBEDIENT,
-        disks: &[disk("data", &data), disk("words", &words)],
-        control: Some(&vmm_end),
-        ..vmm::Guest::default()
-    }
-    .start();
-    drop((data, vmm_end));
-    running.until_it_says("up");
+    let mut guest = Obedient::start(&scratch, &icebox);
     let frozen = icebox.freeze();
-    words.write_all_at(b"wr", 0).expect("written");
-    running.until_it_says("wr");
-    let (why, took) = refused(&mut control);
+    guest.hears("wr");
+    let (why, took) = refused(&mut guest.control);
     assert_eq!(
         why,
         "virtio-blk \"data\" does not stand still: the host has not done what it was asked for"
     );
     assert!(took >= PAUSE_TIMEOUT, "{took:?}");
-    assert!(runs(&mut control));
+    assert!(runs(&mut guest.control));
     // So does what waits for no disk of this kind.
-    words.write_all_at(b"on", 0).expect("written");
-    running.until_it_says("on");
+    guest.hears("on");
     drop(frozen);
-    running.until_it_says("written");
-    control.done(&Request::Pause);
-    control.done(&Request::Resume);
-    words.write_all_at(b"by", 0).expect("written");
-    running.until_it_says("by");
-    control.done(&Request::Stop);
-    let ended = running.end();
+    guest.running.until_it_says("written");
+    guest.control.done(&Request::Pause);
+    guest.control.done(&Request::Resume);
+    guest.hears("by");
+    guest.control.done(&Request::Stop);
+    let ended = guest.running.end();
     assert_eq!(ended.code, i32::from(VmmExit::Stopped.code()), "{ended:?}");
     drop(icebox);
     drop(scratch);
@@ -154,6 +187,27 @@ fn so_is_one_on_a_host_without_io_uring() {
         Ok(_no_ring) => a_pause_is_refused_and_the_vm_goes_on(),
         Err(error) => eprintln!("SKIPPED so_is_one_on_a_host_without_io_uring: {error}"),
     }
+}
+
+#[test]
+fn an_owner_that_goes_away_half_way_through_a_pause_leaves_a_vm_that_runs() {
+    let before = Ledger::now();
+    let scratch = Scratch::new("ownerless");
+    let icebox = Icebox::new(&scratch);
+    let mut guest = Obedient::start(&scratch, &icebox);
+    let frozen = icebox.freeze();
+    guest.hears("wr");
+    let (why, _) = refused(&mut guest.control);
+    assert!(why.contains("does not stand still"), "{why}");
+    begin_pause(&guest.control, || has_heard(&guest.vmm_control));
+    drop(std::mem::replace(&mut guest.control, Control::pair().0));
+    guest.hears("on");
+    drop(frozen);
+    guest.running.until_it_says("written");
+    drop(guest);
+    drop(icebox);
+    drop(scratch);
+    before.balances();
 }
 
 #[test]
@@ -176,11 +230,7 @@ fn sigterm_half_way_through_a_pause_gives_it_up_and_the_guest_powers_off() {
     );
     let (why, _) = refused(&mut guest.control);
     assert!(why.contains("\"data\" does not stand still"), "{why}");
-    let pause = Request::Pause.to_frame().expect("a request");
-    guest.control.socket().write_all(&pause).expect("sent");
-    while !guest.has_heard() {
-        std::thread::yield_now();
-    }
+    begin_pause(&guest.control, || guest.has_heard());
     let vmm = Pid::from_raw(i32::try_from(guest.vmm()).expect("a pid"));
     kill(vmm, Signal::SIGTERM).expect("the VMM runs");
     match guest.control.reply() {
