@@ -4,6 +4,7 @@
 //! Only ratios inside one run mean anything outside it: an emulated exit costs what its instructions cost, a real one about
 //! a microsecond. Exits to userspace are therefore counted beside the times.
 
+pub mod boot;
 pub mod loads;
 pub mod table;
 
@@ -146,7 +147,7 @@ pub fn run(bench: &Bench, workspace: &Path) -> Result<ExitCode, Box<dyn Error>> 
             let order = boot_order(&context, options)?;
             let (code, text) = driven(&context, order, "boot")?;
             show(&text, options.json, |text| {
-                Ok(table::table(&table::parse(text)?))
+                Ok(boot::table(&boot::parse(text)?))
             })?;
             Ok(code)
         }

@@ -1,21 +1,11 @@
-//! The boot benchmark's JSON lines as a table for people. Pure.
-
-use std::fmt::Write;
+//! What the benchmarks' JSON lines and the tables made of them have in common. Pure.
 
 use serde_json::Value;
 
-/// The samples of one phase of one system.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Row {
-    /// System and kernel, as `capsid-vmm (own)`.
-    pub system: String,
-    /// `init`, `exit`, or `vmm:…`.
-    pub phase: String,
-    /// In ns, sorted.
-    pub samples: Vec<u64>,
-    /// Exits to userspace over the run.
-    pub exits: Vec<(String, u64)>,
-}
+/// Columns of names, which come first and stand to the left; the others are numbers.
+const NAMES: usize = 2;
+/// What stands where there is no figure.
+const NONE: &str = "-";
 
 /// A line that is no result.
 #[derive(Debug, thiserror::Error)]
@@ -28,193 +18,161 @@ pub struct NoResult {
 ///
 /// # Errors
 /// A line is not a result.
-pub fn lines<T>(text: &str, read: impl Fn(&str) -> Option<T>) -> Result<Vec<T>, NoResult> {
+pub fn lines<T>(text: &str, read: impl Fn(&Line) -> Option<T>) -> Result<Vec<T>, NoResult> {
     let lines = text.lines().filter(|line| !line.trim().is_empty());
     lines
         .map(|line| {
-            read(line).ok_or_else(|| NoResult {
-                line: line.to_owned(),
-            })
+            let value = serde_json::from_str(line).ok().map(Line);
+            value
+                .and_then(|value| read(&value))
+                .ok_or_else(|| NoResult {
+                    line: line.to_owned(),
+                })
         })
         .collect()
 }
 
-/// Reads the boot benchmark's lines.
-///
-/// # Errors
-/// A line is not a result.
-pub fn parse(text: &str) -> Result<Vec<Row>, NoResult> {
-    lines(text, row)
+/// One result.
+pub struct Line(Value);
+
+impl Line {
+    /// A word.
+    pub fn text(&self, name: &str) -> Option<&str> {
+        self.0.get(name)?.as_str()
+    }
+
+    /// A number.
+    pub fn number(&self, name: &str) -> Option<u64> {
+        self.0.get(name)?.as_u64()
+    }
+
+    /// Its times.
+    pub fn samples(&self) -> Option<Samples> {
+        let numbers = self.0.get("samples")?.as_array()?;
+        let mut samples: Vec<u64> = numbers.iter().map(Value::as_u64).collect::<Option<_>>()?;
+        samples.sort_unstable();
+        Some(Samples(samples))
+    }
+
+    /// What was counted, the most first.
+    pub fn counts(&self, name: &str) -> Option<Counts> {
+        let counts = self.0.get(name)?.as_object()?.iter();
+        let mut counts: Vec<_> = counts
+            .map(|(name, count)| Some((name.clone(), count.as_u64()?)))
+            .collect::<Option<_>>()?;
+        counts.sort_by_key(|(_, count)| std::cmp::Reverse(*count));
+        Some(Counts(counts))
+    }
 }
 
-fn row(line: &str) -> Option<Row> {
-    let value: Value = serde_json::from_str(line).ok()?;
-    let text = |name: &str| Some(value.get(name)?.as_str()?.to_owned());
-    let numbers = value.get("samples")?.as_array()?;
-    let mut samples: Vec<u64> = numbers.iter().map(Value::as_u64).collect::<Option<_>>()?;
-    samples.sort_unstable();
-    let exits = value.get("userspace_exits")?.as_object()?;
-    Some(Row {
-        system: match text("kernel")?.as_str() {
-            "none" => text("system")?,
-            kernel => format!("{} ({kernel})", text("system")?),
-        },
-        phase: text("phase")?,
-        samples,
-        exits: exits
-            .iter()
-            .filter_map(|(reason, count)| Some((reason.clone(), count.as_u64()?)))
-            .collect(),
-    })
-}
+/// What one thing took each time, in ns, sorted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Samples(Vec<u64>);
 
-/// The table: each system's times with the ratio to the first system's, then where our own time goes, then exits.
-pub fn table(rows: &[Row]) -> String {
-    let mut out = String::new();
-    let (ours, whole): (Vec<&Row>, Vec<&Row>) =
-        rows.iter().partition(|row| row.phase.starts_with("vmm:"));
-    line(
-        &mut out,
-        ["system", "phase", "median", "min", "max", "ratio", "exits"],
-    );
-    for row in &whole {
-        let base = whole
-            .iter()
-            .find(|other| other.phase == row.phase)
-            .and_then(|base| median(base));
-        let ratio = match (median(row), base) {
+impl Samples {
+    /// The one in the middle.
+    pub fn median(&self) -> Option<u64> {
+        self.0.get(self.0.len() / 2).copied()
+    }
+
+    /// Median, smallest, largest, and the median's ratio to that of `base`.
+    pub fn cells(&self, base: Option<&Samples>) -> [String; 4] {
+        let ratio = match (self.median(), base.and_then(Samples::median)) {
             (Some(this), Some(base)) if base > 0 => format!("{:.2}", this as f64 / base as f64),
-            _ => "-".to_owned(),
+            _ => NONE.to_owned(),
         };
-        let exits: u64 = row.exits.iter().map(|(_, count)| count).sum();
-        let exits = if row.exits.is_empty() {
-            "-".to_owned()
-        } else {
-            exits.to_string()
-        };
-        let times = [
-            milliseconds(median(row)),
-            milliseconds(row.samples.first().copied()),
-            milliseconds(row.samples.last().copied()),
-        ];
-        line(
-            &mut out,
-            [
-                &row.system,
-                &row.phase,
-                &times[0],
-                &times[1],
-                &times[2],
-                &ratio,
-                &exits,
-            ],
-        );
-    }
-    profile(&mut out, &ours);
-    reasons(&mut out, &whole);
-    out
-}
-
-/// Where the time of our own VMM goes.
-fn profile(out: &mut String, rows: &[&Row]) {
-    if rows.is_empty() {
-        return;
-    }
-    out.push_str("\nwithin capsid-vmm, each phase from the end of the one before:\n");
-    for row in rows {
-        let phase = row.phase.trim_start_matches("vmm:");
-        line(
-            out,
-            [
-                &row.system,
-                phase,
-                &milliseconds(median(row)),
-                "",
-                "",
-                "",
-                "",
-            ],
-        );
+        let [median, min, max] = [
+            self.median(),
+            self.0.first().copied(),
+            self.0.last().copied(),
+        ]
+        .map(milliseconds);
+        [median, min, max, ratio]
     }
 }
 
-fn reasons(out: &mut String, rows: &[&Row]) {
-    out.push_str("\nexits to userspace in one run, by reason:\n");
-    for row in rows
-        .iter()
-        .filter(|row| row.phase == "exit" && !row.exits.is_empty())
-    {
-        let reasons: Vec<String> = row
-            .exits
+/// How many, by name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Counts(Vec<(String, u64)>);
+
+impl Counts {
+    /// Whether nothing was counted.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// All together.
+    pub fn total(&self) -> u64 {
+        self.0.iter().map(|(_, count)| count).sum()
+    }
+
+    /// As `this 3, that 2`.
+    pub fn words(&self) -> String {
+        let words: Vec<String> = self
+            .0
             .iter()
-            .map(|(reason, count)| format!("{reason} {count}"))
+            .map(|(name, count)| format!("{name} {count}"))
             .collect();
-        let _infallible = writeln!(out, "{:<20} {}", row.system, reasons.join(", "));
+        words.join(", ")
     }
 }
 
-fn line(out: &mut String, [system, phase, median, min, max, ratio, exits]: [&str; 7]) {
-    let text =
-        format!("{system:<20} {phase:<8} {median:>10} {min:>10} {max:>10} {ratio:>6} {exits:>6}");
-    out.push_str(text.trim_end());
+/// A time for people.
+pub fn milliseconds(ns: Option<u64>) -> String {
+    figure(ns, |ns| format!("{:.2} ms", ns as f64 / 1e6))
+}
+
+/// A figure for people, where there is one.
+pub fn figure<T>(value: Option<T>, show: impl FnOnce(T) -> String) -> String {
+    value.map_or_else(|| NONE.to_owned(), show)
+}
+
+/// Adds a line of a table whose columns are so wide.
+pub fn line<const N: usize>(out: &mut String, widths: [usize; N], cells: [&str; N]) {
+    let cells = cells.iter().zip(widths).enumerate();
+    let padded: Vec<String> = cells
+        .map(|(column, (cell, width))| match column < NAMES {
+            true => format!("{cell:<width$}"),
+            false => format!("{cell:>width$}"),
+        })
+        .collect();
+    out.push_str(padded.join(" ").trim_end());
     out.push('\n');
-}
-
-fn median(row: &Row) -> Option<u64> {
-    row.samples.get(row.samples.len() / 2).copied()
-}
-
-fn milliseconds(ns: Option<u64>) -> String {
-    ns.map_or_else(|| "-".to_owned(), |ns| format!("{:.2} ms", ns as f64 / 1e6))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const LINES: &str = r#"{"bench":"boot","system":"capsid-vmm","kernel":"same","phase":"init","unit":"ns","samples":[3000000,1000000,2000000],"userspace_exits":{"io":5,"mmio":2}}
-{"bench":"boot","system":"runc","kernel":"none","phase":"init","unit":"ns","samples":[4000000],"userspace_exits":{}}
-{"bench":"boot","system":"capsid-vmm","kernel":"same","phase":"vmm:kvm","unit":"ns","samples":[500000],"userspace_exits":{}}
-"#;
-
     #[test]
-    fn a_table_has_medians_ratios_and_exits() {
-        let table = table(&parse(LINES).expect("results"));
-        let words: Vec<Vec<&str>> = table
-            .lines()
-            .map(|line| line.split_whitespace().collect())
-            .collect();
-        assert_eq!(
-            words[1],
-            [
-                "capsid-vmm",
-                "(same)",
-                "init",
-                "2.00",
-                "ms",
-                "1.00",
-                "ms",
-                "3.00",
-                "ms",
-                "1.00",
-                "7"
-            ]
-        );
-        assert_eq!(
-            words[2],
-            [
-                "runc", "init", "4.00", "ms", "4.00", "ms", "4.00", "ms", "2.00", "-"
-            ]
-        );
-        assert!(
-            words.contains(&vec!["capsid-vmm", "(same)", "kvm", "0.50", "ms"]),
-            "{table}"
-        );
+    fn what_is_no_result_is_refused_by_its_text() {
+        for text in ["Kernel panic", "{}", r#"{"samples":[-1]}"#] {
+            let error = lines(text, Line::samples).expect_err("no result");
+            assert!(error.to_string().contains(text));
+        }
     }
 
     #[test]
-    fn what_is_no_result_is_refused_by_its_text() {
-        let error = parse("Kernel panic").expect_err("no JSON");
-        assert!(error.to_string().contains("Kernel panic"));
+    fn the_middle_of_the_samples_is_compared_with_that_of_the_base() {
+        let text =
+            "{\"samples\":[4000000,1000000,3000000]}\n\n{\"samples\":[2000000]}\n{\"samples\":[]}";
+        let samples = lines(text, Line::samples).expect("results");
+        let [many, one, none] = samples.as_slice() else {
+            panic!("three lines");
+        };
+        assert_eq!(
+            many.cells(Some(one)),
+            ["3.00 ms", "1.00 ms", "4.00 ms", "1.50"]
+        );
+        assert_eq!(none.cells(Some(one)), ["-", "-", "-", "-"]);
+        assert_eq!(one.cells(Some(none))[3], "-");
+    }
+
+    #[test]
+    fn a_table_has_names_to_the_left_and_numbers_to_the_right() {
+        let mut out = String::new();
+        line(&mut out, [4, 3, 3], ["a", "b", "1"]);
+        line(&mut out, [4, 3, 3], ["a", "b", ""]);
+        assert_eq!(out, "a    b     1\na    b\n");
     }
 }
