@@ -1,23 +1,23 @@
-//! The recipe of the benchmarks of devices: each load in turn, by each system that has the device: one round to warm up, those that are
-//! timed, and one whose every exit, system call and switch of threads is counted.
+//! The recipe of the benchmarks of devices, for one load and one system: a round to warm up, those that are timed, and one whose every
+//! exit, system call and switch of threads is counted.
 
 use super::inside::{BEGIN, END, FAILED};
-use super::load::{Device, Load};
+use super::load::{Device, Load, ROUND_TIMEOUT_SECONDS};
 use super::machine::{self, Files, Machine, Vmm};
 use super::trace::{Counted, EVERYTHING, Recording, now};
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use serde_json::{Value, json};
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// Rounds that are not counted: memory is touched for the first time, caches are filled.
 const WARM_UP_ROUNDS: usize = 1;
 /// Those while the record begins, which is no part of one, and the one that is recorded.
 const RECORDED_ROUNDS: usize = 2;
-/// No boot and no round takes longer, in ms.
-const ROUND_TIMEOUT_MS: u16 = 60_000;
+const ROUND_TIMEOUT: Duration = Duration::from_secs(ROUND_TIMEOUT_SECONDS.unsigned_abs());
 /// Lines of a guest that are told when it ends too early.
 const LAST_WORDS: usize = 8;
 /// Longest line of a guest, in bytes; the rest is taken for another.
@@ -29,44 +29,26 @@ struct Result {
     counted: Counted,
 }
 
-/// What is run of all that could be.
-pub struct Selection {
-    /// The device.
-    pub device: Device,
-    /// This load alone.
-    pub load: Option<String>,
-    /// This system alone.
-    pub system: Option<String>,
-    /// Timed rounds.
-    pub samples: usize,
-    /// Files in the shared tree.
-    pub tree_files: usize,
+/// Which device is loaded how, and by whom: all that `device` has, each as the words of its load and its system.
+pub fn pairs(device: Device) -> impl Iterator<Item = (&'static str, &'static str)> {
+    let systems =
+        move |load: &'static Load| Vmm::with(device).iter().map(|vmm| (load.name, vmm.name()));
+    device.loads().iter().flat_map(systems)
 }
 
-/// Runs what is selected and prints JSON lines on `out`. A system that is absent or fails is left out with one line on stderr.
+/// Measures one of them and prints a JSON line on `out`. `tree_files` are in the shared tree.
 ///
 /// # Errors
-/// `out` cannot be written.
-pub fn devices(selection: &Selection, files: &Files, out: &mut impl Write) -> io::Result<()> {
-    let device = selection.device;
-    let is =
-        |wanted: &Option<String>, name: &str| wanted.as_ref().is_none_or(|wanted| wanted == name);
-    let loads = device.loads().iter();
-    for load in loads.filter(|load| is(&selection.load, load.name)) {
-        let systems = Vmm::with(device).iter();
-        for vmm in systems.filter(|vmm| is(&selection.system, vmm.name())) {
-            match measured(*vmm, *load, files, selection.samples) {
-                Ok(result) => {
-                    eprintln!("bench: {}: {}", load.name, progress(*vmm, &result));
-                    writeln!(out, "{}", line(selection, *load, *vmm, &result))?;
-                }
-                Err(error) => {
-                    eprintln!("bench: {}: {} is left out: {error}", load.name, vmm.name());
-                }
-            }
-        }
-    }
-    Ok(())
+/// The system is absent or fails, or a round does not end; or `out` cannot be written.
+pub fn device(
+    (device, load, vmm): (Device, Load, Vmm),
+    files: &Files,
+    (samples, tree_files): (usize, usize),
+    out: &mut impl Write,
+) -> io::Result<()> {
+    let result = measured(vmm, load, files, samples)?;
+    let size = load.size(tree_files);
+    writeln!(out, "{}", line(device, load, vmm, &result, size))
 }
 
 fn measured(vmm: Vmm, load: Load, files: &Files, samples: usize) -> io::Result<Result> {
@@ -74,20 +56,19 @@ fn measured(vmm: Vmm, load: Load, files: &Files, samples: usize) -> io::Result<R
     let timed = WARM_UP_ROUNDS + samples;
     let all = timed + RECORDED_ROUNDS;
     let mut machine = machine::start(vmm, load, all, files)?;
-    let rounds = rounds(&mut machine, all, |round| match round == timed {
+    let rounds = rounds(&mut machine, all, |done| match done == timed {
         true => recording.begin(),
         false => Ok(()),
     });
     for child in &mut machine.children {
-        if rounds.is_err() {
-            // It may have ended by itself.
-            let _ = child.kill();
-        }
+        // Its guest came to its end, or is to have none; it may have ended by itself.
+        let _ = child.kill();
         child.wait()?;
     }
+    // Kept by it until here: what the guest hears last is not that the host is gone.
+    let served = machine.peer.map(JoinHandle::join);
     let rounds = rounds?;
-    if let Some(peer) = machine.peer {
-        let served = peer.join();
+    if let Some(served) = served {
         served.map_err(|_| io::Error::other("the host's end panicked"))??;
     }
     let recorded = rounds.last().ok_or(io::ErrorKind::UnexpectedEof)?;
@@ -107,10 +88,13 @@ fn rounds(
     let (mut rounds, mut begun) = (Vec::new(), None);
     let (mut line, mut said) = (Vec::new(), [0; 256]);
     let mut last_words = VecDeque::new();
+    let mut deadline = now() + ROUND_TIMEOUT;
     loop {
         let mut ready = [PollFd::new(machine.serial.as_fd(), PollFlags::POLLIN)];
-        if poll(&mut ready, ROUND_TIMEOUT_MS)? == 0 {
-            let what = format!("it hangs after {} rounds", rounds.len());
+        let left = PollTimeout::try_from(deadline.saturating_sub(now()));
+        if poll(&mut ready, left.map_err(io::Error::other)?)? == 0 {
+            let number = rounds.len() + 1;
+            let what = format!("round {number} did not end within {ROUND_TIMEOUT:?}");
             return Err(io::Error::other(what));
         }
         let at = now();
@@ -131,9 +115,13 @@ fn rounds(
             let words = String::from_utf8_lossy(&line).trim().to_owned();
             line.clear();
             match (words.as_str(), begun) {
-                (BEGIN, None) => begun = Some(at),
+                (BEGIN, None) => {
+                    begun = Some(at);
+                    deadline = at + ROUND_TIMEOUT;
+                }
                 (END, Some(since)) => {
                     begun = None;
+                    deadline = at + ROUND_TIMEOUT;
                     rounds.push((since, at));
                     done(rounds.len())?;
                 }
@@ -152,28 +140,16 @@ fn rounds(
     }
 }
 
-/// One result for people who wait.
-fn progress(vmm: Vmm, result: &Result) -> String {
-    let samples: Vec<String> = result
-        .samples
-        .iter()
-        .map(|sample| format!("{:.2}", sample.as_secs_f64() * 1e3))
-        .collect();
-    format!("{}: {} ms", vmm.name(), samples.join(" "))
-}
-
-fn line(selection: &Selection, load: Load, vmm: Vmm, result: &Result) -> Value {
+fn line(device: Device, load: Load, vmm: Vmm, result: &Result, size: Value) -> Value {
     let nanos = |sample: &Duration| u64::try_from(sample.as_nanos()).unwrap_or(u64::MAX);
     let samples: Vec<u64> = result.samples.iter().map(nanos).collect();
     let counted = &result.counted;
     let mut line = json!({
-        "bench": selection.device.name(), "load": load.name, "system": vmm.name(), "unit": "ns", "samples": samples,
+        "bench": device.name(), "load": load.name, "system": vmm.name(), "unit": "ns", "samples": samples,
         "userspace_exits": counted.userspace_exits, "exits": counted.exits,
         "syscalls": counted.syscalls, "switches": counted.switches,
     });
-    if let (Some(line), Value::Object(size)) =
-        (line.as_object_mut(), load.size(selection.tree_files))
-    {
+    if let (Some(line), Value::Object(size)) = (line.as_object_mut(), size) {
         line.extend(size);
     }
     line

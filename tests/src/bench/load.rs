@@ -19,8 +19,10 @@ const BLOCKS: usize = 2_000;
 const PINGS: usize = 500;
 /// Files of the archive.
 pub const ARCHIVE_FILES: usize = 500;
-/// Bytes of each, and of each in the tree.
+/// Bytes of each; those in the tree are empty.
 pub const SMALL_FILE_BYTES: usize = 4 << 10;
+/// No boot and no round takes longer, in seconds; the clock of an emulated host runs ahead while it waits for its disk.
+pub const ROUND_TIMEOUT_SECONDS: i64 = 60;
 
 /// The device whose loads are measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]

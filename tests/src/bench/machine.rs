@@ -5,8 +5,8 @@ use super::inside::link::VSOCK_PORT;
 use super::inside::{CMDLINE as LOAD_CMDLINE, LOAD, ROUNDS};
 use super::launch::{plain_machine, vsock};
 use super::load::{Device, Load, Work};
-use super::peer::Peer;
-use super::systems::{CMDLINE, MEMORY_MIB};
+use super::peer::{Ends, Peer};
+use super::systems::{CMDLINE, MEMORY_MIB, QEMU_OPTIONS};
 use crate::tap::taps;
 use crate::vmm::{command, inherited, spawn};
 use capsid_protocol::machine::{DiskConfig, Mac, NicConfig, SerialConfig, ShareConfig};
@@ -19,6 +19,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::thread::JoinHandle;
 
 const MAC: &str = "02:00:00:00:00:2a";
 const MTU: u16 = 1500;
@@ -44,6 +45,12 @@ impl Vmm {
             Vmm::Qemu => "qemu",
             Vmm::QemuVhost => "qemu-vhost",
         }
+    }
+
+    /// The one of this name.
+    pub fn named(name: &str) -> Option<Vmm> {
+        let all = [Vmm::Capsid, Vmm::Qemu, Vmm::QemuVhost];
+        all.into_iter().find(|vmm| vmm.name() == name)
     }
 
     /// Those that have the device.
@@ -77,8 +84,8 @@ pub struct Machine {
     pub children: Vec<Child>,
     /// What the guest says on its serial port.
     pub serial: File,
-    /// Who answers the guest; it ends when the stream does.
-    pub peer: Option<std::thread::JoinHandle<io::Result<()>>>,
+    /// Who answers the guest.
+    pub peer: Option<JoinHandle<io::Result<Ends>>>,
 }
 
 /// Starts `vmm` with a guest that does `rounds` rounds of `load`. For a network card the calling thread gets a network namespace of
@@ -121,7 +128,8 @@ pub fn start(vmm: Vmm, load: Load, rounds: usize, files: &Files) -> io::Result<M
         Vmm::Capsid => capsid(&devices, &cmdline, files)?,
         Vmm::Qemu | Vmm::QemuVhost => qemu(vmm, &devices, &cmdline, files)?,
     };
-    let serve = |(peer, exchange): (Peer, _)| std::thread::spawn(move || peer.serve(exchange));
+    let serve =
+        |(peer, exchange): (Peer, _)| std::thread::spawn(move || peer.serve(exchange, rounds));
     Ok(Machine {
         children,
         serial,
@@ -200,26 +208,10 @@ fn qemu(
     cmdline: &str,
     files: &Files,
 ) -> io::Result<(Vec<Child>, File)> {
-    let mut words: Vec<String> = [
-        "-M",
-        "pc",
-        "-bios",
-        "qboot.rom",
-        "-enable-kvm",
-        "-cpu",
-        "host",
-        "-smp",
-        "1",
-        "-nodefaults",
-        "-no-user-config",
-        "-nographic",
-        "-no-reboot",
-        "-serial",
-        "stdio",
-    ]
-    .map(str::to_owned)
-    .into();
+    let mut words: Vec<String> = QEMU_OPTIONS.map(str::to_owned).into();
     let mut say = |option: &str, value: String| words.extend([option.to_owned(), value]);
+    say("-M", "pc".to_owned());
+    say("-bios", "qboot.rom".to_owned());
     say("-m", format!("{MEMORY_MIB}M"));
     say("-kernel", files.kernel.display().to_string());
     say("-initrd", files.initramfs.display().to_string());

@@ -1,17 +1,19 @@
 //! The host's end of a guest's stream.
 
 use super::inside::link::{TCP_PORT, VSOCK_PORT, receive, send};
-use super::load::Exchange;
+use super::load::{Exchange, ROUND_TIMEOUT_SECONDS};
 use crate::tap::HOST;
 use crate::vmm::accept;
 use nix::libc::VMADDR_CID_ANY;
+use nix::sys::socket::sockopt::{ReceiveTimeout, SendTimeout};
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, bind, listen, setsockopt, socket,
 };
+use nix::sys::time::TimeVal;
 use std::fs::File;
 use std::io;
 use std::net::TcpListener;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 /// What one `read` or `write` is about, in bytes.
 const PIECE_BYTES: usize = 64 << 10;
@@ -22,8 +24,14 @@ pub enum Peer {
     Tcp(TcpListener),
     /// The host's own vsock.
     Vsock(OwnedFd),
-    /// The owner channel of our VMM; it closes with the stream, and that is the VM's end.
+    /// The owner channel of our VMM; when it closes, that is the VM's end.
     Owner(OwnedFd),
+}
+
+/// The host's ends of a stream that was served, to be kept until the guest has come to its own end.
+pub struct Ends {
+    _peer: Peer,
+    _stream: File,
 }
 
 impl Peer {
@@ -50,11 +58,13 @@ impl Peer {
         Ok(Peer::Vsock(socket))
     }
 
-    /// Takes the stream and answers each message, until the guest ends it.
+    /// Takes the stream and answers each message of so many rounds. What the guest says after that is nobody's business: it resets
+    /// without taking leave, or takes it when nobody carries it any more.
     ///
     /// # Errors
-    /// There is no stream, or it fails.
-    pub fn serve(self, exchange: Exchange) -> io::Result<()> {
+    /// There is no stream, or it fails, or nothing comes for [`ROUND_TIMEOUT_SECONDS`].
+    pub fn serve(self, exchange: Exchange, rounds: usize) -> io::Result<Ends> {
+        bounded(&self)?;
         let stream = match &self {
             Peer::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
@@ -64,22 +74,32 @@ impl Peer {
             Peer::Vsock(listener) => rustix::net::accept(listener)?,
             Peer::Owner(owner) => accept(owner)?,
         };
+        bounded(&stream)?;
         let mut stream = File::from(stream);
         let mut buffer = vec![b'y'; PIECE_BYTES];
-        loop {
-            match receive(&mut stream, &mut buffer, exchange.send) {
-                // A guest that resets does not take leave.
-                Err(error)
-                    if matches!(
-                        error.kind(),
-                        io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset
-                    ) =>
-                {
-                    return Ok(());
-                }
-                received => received?,
-            }
+        for _ in 0..rounds * exchange.count {
+            receive(&mut stream, &mut buffer, exchange.send)?;
             send(&mut stream, &buffer, exchange.receive)?;
         }
+        Ok(Ends {
+            _peer: self,
+            _stream: stream,
+        })
     }
+}
+
+impl AsFd for Peer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Peer::Tcp(listener) => listener.as_fd(),
+            Peer::Vsock(socket) | Peer::Owner(socket) => socket.as_fd(),
+        }
+    }
+}
+
+/// Lets no call on a socket wait for ever.
+fn bounded(socket: &impl AsFd) -> io::Result<()> {
+    let limit = TimeVal::new(ROUND_TIMEOUT_SECONDS, 0);
+    setsockopt(socket, ReceiveTimeout, &limit)?;
+    Ok(setsockopt(socket, SendTimeout, &limit)?)
 }

@@ -11,6 +11,21 @@ pub const MEMORY_MIB: u64 = 128;
 /// first byte is the init's; reset at once.
 pub const CMDLINE: &str = "reboot=k panic=-1 loglevel=0 8250.nr_uarts=1";
 
+/// What QEMU is told whatever its machine.
+pub const QEMU_OPTIONS: [&str; 11] = [
+    "-enable-kvm",
+    "-cpu",
+    "host",
+    "-smp",
+    "1",
+    "-nodefaults",
+    "-no-user-config",
+    "-nographic",
+    "-no-reboot",
+    "-serial",
+    "stdio",
+];
+
 /// What a run needs.
 #[derive(Clone, Debug)]
 pub struct Files {
@@ -98,11 +113,6 @@ fn qemu(files: &Files) -> Vec<String> {
         "qemu-system-x86_64",
         "-M",
         "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=off,acpi=off",
-        "-enable-kvm",
-        "-cpu",
-        "host",
-        "-smp",
-        "1",
         "-m",
         &memory,
         "-kernel",
@@ -111,14 +121,9 @@ fn qemu(files: &Files) -> Vec<String> {
         &tiny,
         "-append",
         &cmdline,
-        "-nodefaults",
-        "-no-user-config",
-        "-nographic",
-        "-no-reboot",
-        "-serial",
-        "stdio",
     ]
     .into_iter()
+    .chain(QEMU_OPTIONS)
     .map(str::to_owned)
     .collect()
 }

@@ -1,7 +1,8 @@
 //! `capsid-bench`: the benchmarks on this host. `cargo xtask bench` runs them in the metered testbed.
 
 use capsid_protocol::machine::Cpus;
-use capsid_tests::bench::load::Device;
+use capsid_tests::bench::load::{Device, Load};
+use capsid_tests::bench::machine::Vmm;
 use capsid_tests::bench::systems::System;
 use capsid_tests::bench::{boot, devices, machine, share, systems};
 use clap::{Parser, Subcommand};
@@ -20,8 +21,13 @@ struct Args {
 enum Bench {
     /// Starts each system in turn; one line for each of its phases.
     Boot(Boot),
-    /// Loads one kind of device in each system; one line for each load and system.
-    Device(Load),
+    /// What there is to measure of a device: a load and a system in each line.
+    Pairs {
+        /// Which.
+        device: Device,
+    },
+    /// Loads one device of one system.
+    Device(Loaded),
 }
 
 #[derive(clap::Args)]
@@ -50,15 +56,13 @@ struct Boot {
 }
 
 #[derive(clap::Args)]
-struct Load {
+struct Loaded {
     /// Which.
     device: Device,
-    /// This load alone.
-    #[arg(long)]
-    load: Option<String>,
-    /// This system alone.
-    #[arg(long)]
-    system: Option<String>,
+    /// How.
+    load: String,
+    /// Whose.
+    system: String,
     /// ELF kernel that every VMM boots.
     #[arg(long)]
     kernel: PathBuf,
@@ -79,6 +83,10 @@ struct Load {
 fn main() -> ExitCode {
     let done = match Args::parse().bench {
         Bench::Boot(args) => bench_boot(args),
+        Bench::Pairs { device } => {
+            pairs(device);
+            Ok(())
+        }
         Bench::Device(args) => bench_device(args),
     };
     match done {
@@ -109,7 +117,19 @@ fn bench_boot(args: Boot) -> io::Result<()> {
     boot::boot(&systems, &files, args.samples, &mut io::stdout())
 }
 
-fn bench_device(args: Load) -> io::Result<()> {
+fn pairs(device: Device) {
+    for (load, system) in devices::pairs(device) {
+        println!("{load} {system}");
+    }
+}
+
+fn bench_device(args: Loaded) -> io::Result<()> {
+    let unknown = || io::Error::other("no such load of this device by this system");
+    if !devices::pairs(args.device).any(|pair| pair == (&args.load, &args.system)) {
+        return Err(unknown());
+    }
+    let load = Load::named(&args.load).ok_or_else(unknown)?;
+    let vmm = Vmm::named(&args.system).ok_or_else(unknown)?;
     let files = machine::Files {
         kernel: args.kernel,
         initramfs: args.initramfs,
@@ -120,16 +140,11 @@ fn bench_device(args: Load) -> io::Result<()> {
         Device::Blk => share::write_store(&files.disk)?,
         Device::Fs => {
             std::fs::create_dir(&files.share)?;
-            share::fill(&files.share, args.files)?;
+            share::fill(&files.share, load.work, args.files)?;
         }
         Device::Net | Device::Vsock => {}
     }
-    let selection = devices::Selection {
-        device: args.device,
-        load: args.load,
-        system: args.system,
-        samples: args.samples,
-        tree_files: args.files,
-    };
-    devices::devices(&selection, &files, &mut io::stdout())
+    let sizes = (args.samples, args.files);
+    let mut out = io::stdout();
+    devices::device((args.device, load, vmm), &files, sizes, &mut out)
 }
