@@ -60,7 +60,7 @@ fn measured(vmm: Vmm, load: Load, files: &Files, samples: usize) -> io::Result<R
         true => recording.begin(),
         false => Ok(()),
     });
-    for child in &mut machine.children {
+    for child in std::iter::once(&mut machine.vmm).chain(&mut machine.daemon) {
         // Its guest came to its end, or is to have none; it may have ended by itself.
         let _ = child.kill();
         child.wait()?;
@@ -99,12 +99,13 @@ fn rounds(
         }
         let at = now();
         let length = machine.serial.read(&mut said)?;
-        if length == 0 && rounds.len() == expected {
-            return Ok(rounds);
-        }
         if length == 0 {
+            let status = machine.vmm.wait()?;
+            if rounds.len() == expected {
+                return Ok(rounds);
+            }
             let words = last_words.make_contiguous().join(" / ");
-            let what = format!("it ended after {} rounds: {words}", rounds.len());
+            let what = format!("{status} after {} rounds: {words}", rounds.len());
             return Err(io::Error::other(what));
         }
         for byte in said.iter().take(length) {

@@ -80,8 +80,10 @@ pub struct Files {
 
 /// A machine that was started.
 pub struct Machine {
-    /// The VMM, then what it needs besides.
-    pub children: Vec<Child>,
+    /// The VMM.
+    pub vmm: Child,
+    /// What it needs besides.
+    pub daemon: Option<Child>,
     /// What the guest says on its serial port.
     pub serial: File,
     /// Who answers the guest.
@@ -124,14 +126,15 @@ pub fn start(vmm: Vmm, load: Load, rounds: usize, files: &Files) -> io::Result<M
     }
     let words = [CMDLINE, LOAD_CMDLINE].join(" ");
     let cmdline = format!("{words} {LOAD}={} {ROUNDS}={rounds}", load.name);
-    let (children, serial) = match vmm {
+    let (child, daemon, serial) = match vmm {
         Vmm::Capsid => capsid(&devices, &cmdline, files)?,
         Vmm::Qemu | Vmm::QemuVhost => qemu(vmm, &devices, &cmdline, files)?,
     };
     let serve =
         |(peer, exchange): (Peer, _)| std::thread::spawn(move || peer.serve(exchange, rounds));
     Ok(Machine {
-        children,
+        vmm: child,
+        daemon,
         serial,
         peer: peer.map(serve),
     })
@@ -153,7 +156,10 @@ fn tap() -> io::Result<OwnedFd> {
     tap.ok_or_else(|| io::ErrorKind::NotFound.into())
 }
 
-fn capsid(devices: &Devices<'_>, cmdline: &str, files: &Files) -> io::Result<(Vec<Child>, File)> {
+/// A VMM, its daemon, and what its guest says.
+type Started = (Child, Option<Child>, File);
+
+fn capsid(devices: &Devices<'_>, cmdline: &str, files: &Files) -> io::Result<Started> {
     let kernel = File::open(&files.kernel)?;
     let initramfs = File::open(&files.initramfs)?;
     let (serial, serial_end) = nix::unistd::pipe()?;
@@ -195,19 +201,14 @@ fn capsid(devices: &Devices<'_>, cmdline: &str, files: &Files) -> io::Result<(Ve
         });
     }
     let (mut command, _config) = command(&config)?;
-    Ok((vec![spawn(&mut command)?], File::from(serial)))
+    Ok((spawn(&mut command)?, None, File::from(serial)))
 }
 
 fn writable(path: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).write(true).open(path)
 }
 
-fn qemu(
-    vmm: Vmm,
-    devices: &Devices<'_>,
-    cmdline: &str,
-    files: &Files,
-) -> io::Result<(Vec<Child>, File)> {
+fn qemu(vmm: Vmm, devices: &Devices<'_>, cmdline: &str, files: &Files) -> io::Result<Started> {
     let mut words: Vec<String> = QEMU_OPTIONS.map(str::to_owned).into();
     let mut say = |option: &str, value: String| words.extend([option.to_owned(), value]);
     say("-M", "pc".to_owned());
@@ -256,8 +257,7 @@ fn qemu(
         .stdout(Stdio::piped())
         .spawn()?;
     let serial = child.stdout.take().ok_or(io::ErrorKind::BrokenPipe)?;
-    let children = std::iter::once(child).chain(daemon).collect();
-    Ok((children, File::from(OwnedFd::from(serial))))
+    Ok((child, daemon, File::from(OwnedFd::from(serial))))
 }
 
 /// The daemon, with a socket that listens already; it ends with its one connection.
