@@ -85,7 +85,7 @@ pub struct Share {
     #[command(flatten)]
     pub device: Device,
     /// Files in the tree that is searched
-    #[arg(long, default_value_t = 10_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, default_value_t = 2_000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub files: u32,
 }
 

@@ -73,7 +73,7 @@ struct Loaded {
     #[arg(long)]
     scratch: PathBuf,
     /// Files in the shared tree.
-    #[arg(long, default_value_t = 10_000)]
+    #[arg(long, default_value_t = 2_000)]
     files: usize,
     /// Counted rounds of each load.
     #[arg(long, default_value_t = 5)]
