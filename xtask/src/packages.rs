@@ -365,6 +365,11 @@ fn release_codename(os_release: &str) -> Option<String> {
         .then(|| value.to_owned())
 }
 
+/// apt's line for the sources of a Debian release at a mirror.
+pub fn source_list(mirror: &str, release: &str) -> String {
+    format!("deb-src [signed-by={KEYRING}] {mirror} {release} main\n")
+}
+
 /// The address of the Debian mirror that this machine is configured with.
 ///
 /// # Errors

@@ -13,10 +13,9 @@ use std::process::{Command, Stdio};
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use crate::command::{self, OnInterrupt, Running};
+use crate::testbed::emulator::Emulator;
 use crate::testbed::qmp::{Qmp, QmpError};
 
-/// The program, of Debian's `qemu-system-x86`.
-pub const QEMU: &str = "/usr/bin/qemu-system-x86_64";
 /// Memory of the emulated host: room for a guest whose memory goes on above the hole at 3 GiB.
 const MEMORY_MIB: u32 = 4096;
 /// How much of the console an error shows.
@@ -34,6 +33,8 @@ pub enum Mode {
 /// The files of a machine.
 #[derive(Debug, Clone)]
 pub struct Files {
+    /// The program and its firmware.
+    pub emulator: Emulator,
     /// Kernel.
     pub kernel: PathBuf,
     /// Initial ramdisk.
@@ -59,7 +60,7 @@ pub enum Start {
 #[derive(Debug, thiserror::Error)]
 pub enum MachineError {
     /// QEMU did not start.
-    #[error("starting {QEMU}")]
+    #[error("starting the testbed's emulator")]
     Start(#[source] io::Error),
     /// It went wrong later.
     #[error("{what}\nthe testbed's last words:\n{words}")]
@@ -101,7 +102,7 @@ impl Machine {
             .each_ref()
             .map(|socket| socket.as_raw_fd().to_string());
         let messages = File::create(scratch.join("qemu.log")).map_err(MachineError::Start)?;
-        let mut command = Command::new(QEMU);
+        let mut command = Command::new(files.emulator.program());
         command.args(arguments(
             mode,
             start,
@@ -210,6 +211,7 @@ pub fn arguments(
     );
     let mut line = Line::default();
     line.words("-nodefaults -no-user-config -display none -no-reboot");
+    line.pair("-L", files.emulator.dir().to_string_lossy());
     line.words(&format!("-machine q35,memory-backend=memory -cpu max,-erms,-fsrm,-fzrm,-fsrs,-fsrc -smp 1 -accel tcg,thread=single{clock} -m {MEMORY_MIB}"));
     let size = format!("size={MEMORY_MIB}M");
     line.pair(
@@ -309,6 +311,7 @@ mod tests {
 
     fn files() -> Files {
         Files {
+            emulator: Emulator::at("/e".into()),
             kernel: "/c/vmlinuz".into(),
             initrd: "/c/initrd".into(),
             root: "/c/a,b.img".into(),

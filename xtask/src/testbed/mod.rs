@@ -4,6 +4,7 @@
 //! for it (`drive`), and carries one command's streams (`session`). It changes nothing that the next run sees.
 
 pub mod drive;
+pub mod emulator;
 pub mod machine;
 pub mod qmp;
 pub mod saved;

@@ -1,7 +1,7 @@
 //! The saved testbed: a Debian host that has booted once, with containerd up and the door listening, kept in the cache.
 //!
-//! Three entries: the door (by its source), Debian's files (by the list of packages) and the saved machine (by both, QEMU's
-//! binary, its command line and the mode). A change makes just what depends on it anew.
+//! Three entries beside the emulator (`emulator`): the door (by its source), Debian's files (by the list of packages) and the saved
+//! machine (by both, the emulator's files, its command line and the mode). A change makes just what depends on it anew.
 
 use std::error::Error;
 use std::fs::File;
@@ -12,20 +12,22 @@ use std::process::Command;
 use std::time::Duration;
 
 use crate::cache::{Cache, CacheError, Key};
-use crate::packages::{self, Package, any, at_least, ensure};
+use crate::packages::{self, Package, any, ensure};
 use crate::programs::{self, Profile};
 use crate::progress::{Progress, Step};
+use crate::testbed::emulator::{self, Emulator};
 use crate::testbed::frame::{Decoder, Frame};
-use crate::testbed::machine::{Files, Machine, Mode, QEMU, Start, arguments};
+use crate::testbed::machine::{Files, Machine, Mode, Start, arguments};
 
-/// What making the testbed needs on this machine. QEMU before 9 crashes Linux 6.12 (its cmpxchg16b) and cannot save to a file.
-const PACKAGES: [Package; 5] = [
-    at_least("qemu-system-x86", "1:9"),
+/// What making the testbed needs on this machine.
+const PACKAGES: [Package; 4] = [
     any("mmdebstrap"),
     any("e2fsprogs"),
     any("debian-archive-keyring"),
     any("tar"),
 ];
+/// Of these what a run in a saved testbed needs as well: it makes a drive (`drive`).
+const MKE2FS: &str = "/usr/sbin/mke2fs";
 /// The Debian inside: 13, whose kernel's KVM runs on the emulated processor.
 const SUITE: &str = "trixie";
 /// What is on the emulated host.
@@ -59,12 +61,13 @@ pub struct Context<'a> {
 #[derive(Debug, Clone)]
 pub struct Saved {
     dir: PathBuf,
+    emulator: Emulator,
 }
 
 impl Saved {
     /// Its files, with a drive of the caller's.
     pub fn files(&self, programs: &Path) -> Files {
-        files(&self.dir, programs)
+        files(&self.emulator, &self.dir, programs)
     }
 
     /// The state to resume from.
@@ -78,13 +81,15 @@ impl Saved {
 /// # Errors
 /// A step of making it failed.
 pub fn ensure_saved(context: &Context<'_>, mode: Mode) -> Result<Saved, Box<dyn Error>> {
-    if !Path::new(QEMU).exists() {
+    if !Path::new(MKE2FS).exists() {
         ensure(context.progress, "the testbed", &PACKAGES)?;
     }
     let (root_key, door_key) = (root_key(), door_key(context.workspace)?);
-    let key = saved_key(mode, &root_key, &door_key)?;
-    if let Some(dir) = context.cache.get("testbed-saved", &key) {
-        return Ok(Saved { dir });
+    if let Some(emulator) = emulator::get(context) {
+        let key = saved_key(mode, &emulator, &root_key, &door_key)?;
+        if let Some(dir) = context.cache.get("testbed-saved", &key) {
+            return Ok(Saved { dir, emulator });
+        }
     }
     if !rustix::process::geteuid().is_root() {
         // Files of the image belong to many users, which only root can make.
@@ -92,15 +97,16 @@ pub fn ensure_saved(context: &Context<'_>, mode: Mode) -> Result<Saved, Box<dyn 
     }
     context.cache.require_room(ROOM_MIB)?;
     ensure(context.progress, "the testbed", &PACKAGES)?;
+    let emulator = emulator::ensure(context)?;
     let root = ensure_root(context, &root_key)?;
     let door = ensure_door(context, &door_key)?;
-    // The packages above may just have brought another QEMU.
-    let key = saved_key(mode, &root_key, &door_key)?;
+    let key = saved_key(mode, &emulator, &root_key, &door_key)?;
     let dir = context.cache.get_or_build("testbed-saved", &key, |dir| {
         let build = |step: &Step| {
             make(
                 step,
                 mode,
+                &emulator,
                 &root.join("root.tar"),
                 &door.join("testbed-door"),
                 dir,
@@ -110,7 +116,7 @@ pub fn ensure_saved(context: &Context<'_>, mode: Mode) -> Result<Saved, Box<dyn 
             .progress
             .step(&format!("testbed ({})", name(mode)), build)
     })?;
-    Ok(Saved { dir })
+    Ok(Saved { dir, emulator })
 }
 
 fn name(mode: Mode) -> &'static str {
@@ -135,9 +141,9 @@ fn door_key(workspace: &Path) -> Result<Key, CacheError> {
         .finish())
 }
 
-fn saved_key(mode: Mode, root: &Key, door: &Key) -> Result<Key, CacheError> {
+fn saved_key(mode: Mode, emulator: &Emulator, root: &Key, door: &Key) -> Result<Key, CacheError> {
     // The paths differ from run to run; the machine that they belong to does not.
-    let nowhere = files(Path::new(""), Path::new(""));
+    let nowhere = files(&Emulator::at(PathBuf::new()), Path::new(""), Path::new(""));
     let line = arguments(
         mode,
         Start::Boot,
@@ -153,12 +159,13 @@ fn saved_key(mode: Mode, root: &Key, door: &Key) -> Result<Key, CacheError> {
     Ok(parts
         .bytes(ROOT_BYTES.to_le_bytes())
         .bytes(PROGRAMS_BYTES.to_le_bytes())
-        .file(Path::new(QEMU))?
+        .dir(emulator.dir())?
         .finish())
 }
 
-fn files(dir: &Path, programs: &Path) -> Files {
+fn files(emulator: &Emulator, dir: &Path, programs: &Path) -> Files {
     Files {
+        emulator: emulator.clone(),
         kernel: dir.join("vmlinuz"),
         initrd: dir.join("initrd"),
         root: dir.join("root.img"),
@@ -202,6 +209,7 @@ fn ensure_door(context: &Context<'_>, key: &Key) -> Result<PathBuf, Box<dyn Erro
 fn make(
     step: &Step,
     mode: Mode,
+    emulator: &Emulator,
     root_tar: &Path,
     door: &Path,
     dir: &Path,
@@ -221,7 +229,7 @@ fn make(
     }
     let programs = dir.join("programs.img");
     File::create(&programs)?.set_len(PROGRAMS_BYTES)?;
-    let files = files(dir, &programs);
+    let files = files(emulator, dir, &programs);
     // Without a journal: nothing that a power cut could spoil is kept.
     let mut mke2fs = Command::new("mke2fs");
     mke2fs.args([
@@ -314,15 +322,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_mode_has_a_state_of_its_own() {
+    fn each_mode_and_each_emulator_has_a_state_of_its_own() {
         let part = Key::builder().finish();
-        if !Path::new(QEMU).exists() {
-            eprintln!("SKIPPED each_mode_has_a_state_of_its_own: {QEMU} is not installed");
-            return;
-        }
-        let plain = saved_key(Mode::Plain, &part, &part).expect("key");
-        assert_ne!(plain, saved_key(Mode::Metered, &part, &part).expect("key"));
-        assert_eq!(plain, saved_key(Mode::Plain, &part, &part).expect("key"));
+        let dir = std::env::temp_dir().join(format!("xtask-saved-{}", std::process::id()));
+        std::fs::create_dir(&dir).expect("a new directory");
+        let emulator = Emulator::at(dir.clone());
+        let of = |mode| saved_key(mode, &emulator, &part, &part).expect("key");
+        std::fs::write(emulator.program(), "one").expect("written");
+        let plain = of(Mode::Plain);
+        assert_ne!(plain, of(Mode::Metered));
+        assert_eq!(plain, of(Mode::Plain));
+        std::fs::write(emulator.program(), "another").expect("written");
+        assert_ne!(plain, of(Mode::Plain));
+        std::fs::remove_dir_all(dir).expect("removed");
     }
 
     #[test]
