@@ -458,6 +458,14 @@ mod tests {
         assert!(mirror("Debian Backports", "trixie-backports").is_none());
     }
 
+    #[test]
+    fn sources_are_taken_from_the_mirror_and_checked_against_debian_s_keys() {
+        assert_eq!(
+            source_list("http://b/debian/", "trixie"),
+            format!("deb-src [signed-by={KEYRING}] http://b/debian/ trixie main\n")
+        );
+    }
+
     fn line(own: &[Package], has_backports: bool) -> String {
         let archive = Archive {
             codename: "bookworm".to_owned(),
