@@ -107,7 +107,7 @@ const LOADER: Program = Program {
 /// The initramfs of either.
 const INIT_ARCHIVE: &str = "share/bench.cpio";
 /// How long one load by one system may take of this machine's time: many times what it takes of an idle one's.
-const LOAD_LIMIT: Duration = Duration::from_secs(150);
+const LOAD_LIMIT: Duration = Duration::from_secs(600);
 /// How often a load that failed or stood still is begun.
 const ATTEMPTS: u32 = 3;
 /// The longest output of the driver that is kept, in bytes.
