@@ -16,8 +16,9 @@ use crate::signals::ENDING;
 use crate::stdio::{self, OutputEnd, Progress, Waits};
 use crate::terminal::{self, Raw};
 use crate::vm::agent::{Agent, AgentError};
-use crate::vm::{Ended, Machine, News, Owner, Parts};
+use crate::vm::{Ended, How, Machine, News, Owner, Parts};
 use capsid_protocol::agent::{StartSandboxResponse, Stdio};
+use capsid_protocol::exit::VmmExit;
 use capsid_protocol::vsock::{AGENT_STREAM_PORT, StreamHeader};
 use nix::sys::signal::Signal;
 use std::io;
@@ -404,7 +405,9 @@ impl Session {
         self.clock.mark("end");
         self.flush_outputs();
         self.raw = None;
-        if self.state == State::Unreached {
+        // One that was told to end and did; any other end has its own reason.
+        let as_told = ended.how == How::Exit(VmmExit::Stopped) || self.killed_by_us;
+        if self.state == State::Unreached && as_told {
             self.verdict = Some(verdict::agent_unreached(self.boot_timeout, &ended));
         }
         let is_running = matches!(self.state, State::Running);

@@ -167,7 +167,7 @@ impl Pool {
         }
     }
 
-    /// Takes the queues away again, waits until no thread is inside a request, and has one end the session.
+    /// Takes the queues away again, waits until no thread is inside a request, and has one end the session. Each of both has `patience`.
     ///
     /// # Errors
     /// TimedOut: a request is still blocked in the host's file system, or the end of the session is.
@@ -182,7 +182,9 @@ impl Pool {
         state.session_over = true;
         self.changed.notify_all();
         let ended = |state: &State| !state.session_over && state.serving == 0;
-        self.wait_until(state, deadline, ended).map(drop)
+        // However late the last request ended, a thread has its time for this.
+        self.wait_until(state, Instant::now() + patience, ended)
+            .map(drop)
     }
 
     fn wait_until<'p>(

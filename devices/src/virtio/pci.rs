@@ -138,7 +138,6 @@ pub struct InUse;
 
 struct Core {
     device: Box<dyn VirtioDevice>,
-    config: ConfigSpace,
     /// Why the device could last not be activated or reset.
     failure: Option<DeviceError>,
     /// Where it stands while it is suspended.
@@ -158,6 +157,9 @@ pub struct VirtioPci {
     /// The device was asked to stand still. Set while no vCPU runs, so that `resume` waits for none.
     asked: AtomicBool,
     core: Mutex<Core>,
+    /// Never held over what a device does: who looks at configuration space may be the one that a reset waits for. Taken after `core`
+    /// and before what is `shared`.
+    config: Mutex<ConfigSpace>,
 }
 
 impl VirtioPci {
@@ -212,10 +214,10 @@ impl VirtioPci {
             asked: AtomicBool::new(false),
             core: Mutex::new(Core {
                 device,
-                config: layout.config,
                 failure: None,
                 standing: None,
             }),
+            config: Mutex::new(layout.config),
         })
     }
 
@@ -292,6 +294,10 @@ impl VirtioPci {
 
     fn core(&self) -> MutexGuard<'_, Core> {
         self.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn config(&self) -> MutexGuard<'_, ConfigSpace> {
+        self.config.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Reads the BAR; all of `data` is inside it.
@@ -430,32 +436,29 @@ impl Drop for VirtioPci {
 
 impl PciFunction for VirtioPci {
     fn config_read(&self, offset: u8, data: &mut [u8]) {
-        let window = {
-            let core = self.core();
-            self.touches_window(offset, data.len())
-                .then(|| self.windowed(&core.config))
-                .flatten()
-        };
+        let window = self
+            .touches_window(offset, data.len())
+            .then(|| self.windowed(&self.config()))
+            .flatten();
         if let Some((at, length)) = window {
             let mut bytes = [0; 4];
             if let Some(bytes) = bytes.get_mut(..length) {
                 self.read_bar(at, bytes);
             }
-            let mut core = self.core();
-            core.config.write(self.window + CAP_DATA, &bytes);
+            self.config().write(self.window + CAP_DATA, &bytes);
         }
-        self.core().config.read(offset, data);
+        self.config().read(offset, data);
     }
 
     fn config_space(&self) -> [u8; CONFIG_BYTES] {
-        self.core().config.bytes()
+        self.config().bytes()
     }
 
     fn config_write(&self, offset: u8, data: &[u8]) {
-        let mut core = self.core();
-        core.config.write(offset, data);
+        let mut config = self.config();
+        config.write(offset, data);
         let mut control = [0];
-        core.config.read(self.msix_control, &mut control);
+        config.read(self.msix_control, &mut control);
         let at = usize::from(offset);
         if (at..at + data.len()).contains(&usize::from(self.msix_control)) {
             let [control] = control;
@@ -464,10 +467,10 @@ impl PciFunction for VirtioPci {
         if !self.touches_window(offset, data.len()) {
             return;
         }
-        if let Some((at, length)) = self.windowed(&core.config) {
+        if let Some((at, length)) = self.windowed(&config) {
             let mut bytes = [0; 4];
-            core.config.read(self.window + CAP_DATA, &mut bytes);
-            drop(core);
+            config.read(self.window + CAP_DATA, &mut bytes);
+            drop(config);
             if let Some(bytes) = bytes.get(..length) {
                 self.write_bar(at, bytes);
             }
@@ -482,13 +485,13 @@ impl BusDevice for VirtioPci {
 
     fn read(&self, offset: u64, data: &mut [u8]) {
         data.fill(0xff);
-        if self.core().config.decodes(usize::from(BAR)) {
+        if self.config().decodes(usize::from(BAR)) {
             self.read_bar(offset, data);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if self.core().config.decodes(usize::from(BAR)) {
+        if self.config().decodes(usize::from(BAR)) {
             self.write_bar(offset, data);
         }
     }

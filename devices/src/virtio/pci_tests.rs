@@ -430,6 +430,27 @@ fn what_the_configuration_says_is_told_without_an_access_by_its_window() {
 }
 
 #[test]
+fn configuration_space_is_there_while_a_reset_waits_for_the_host() {
+    let (driver, device) = up();
+    let (transport, status) = (&driver.transport, driver.common.offset + 0x14);
+    // Who looks there may be the one that the reset waits for.
+    let held = device.model();
+    std::thread::scope(|scope| {
+        scope.spawn(|| BusDevice::write(&**transport, status, &[0]));
+        while transport.core.try_lock().is_ok() {
+            std::thread::yield_now();
+        }
+        let command = transport.config_space()[4];
+        transport.config_write(4, &[command]);
+        let mut read = [0];
+        transport.config_read(4, &mut read);
+        assert_eq!(read, [command]);
+        drop(held);
+    });
+    assert_eq!(device.model().resets, 1);
+}
+
+#[test]
 fn a_window_that_makes_no_sense_reaches_nothing() {
     // V14: PCI cfg cap length 0 and 9.
     let (driver, device) = up();

@@ -98,6 +98,8 @@ pub(super) const MAIN_AND_VCPU: &[Rule] = &[
     // A device is activated on the thread of the vCPU that asked for it, and watches its queues from there.
     always(SYS_epoll_ctl),
     when!(SYS_ioctl, 1, Test::Is(KVM_SIGNAL_MSI)),
+    // Memory that is plugged and unplugged: by the event loop, and what is left of a request by the vCPU that resets the device.
+    when!(SYS_ioctl, 1, Test::Is(KVM_SET_USER_MEMORY_REGION)),
 ];
 
 /// A vCPU's thread.
@@ -144,8 +146,6 @@ pub(super) const MAIN: &[Rule] = &[
     when!(SYS_fcntl, 1, Test::Is(F_GETFL as u32)),
     when!(SYS_fcntl, 1, Test::Is(F_SETFL as u32)),
     when!(SYS_ioctl, 1, Test::Is(FIONBIO as u32)),
-    // Memory that is plugged and unplugged.
-    when!(SYS_ioctl, 1, Test::Is(KVM_SET_USER_MEMORY_REGION)),
     // Devices that come and go: their kicks, the file of a disk, the settings of a tap device.
     always(SYS_eventfd2),
     when!(SYS_ioctl, 1, Test::Is(KVM_IOEVENTFD)),

@@ -388,6 +388,7 @@ fn hotplugged_memory_bears_a_hostile_driver() {
         "blocks that are not there or not plugged",
         "memory that is not plugged",
         "plugged and unplugged without end",
+        "resets in the middle of a request",
     ];
     assert_eq!(play(vmm, "mem"), chapters(&own));
 }

@@ -59,10 +59,11 @@ impl VirtioPci {
         self.state_of(&self.core())
     }
 
-    fn state_of(&self, core: &Core) -> TransportState {
+    fn state_of(&self, _core: &Core) -> TransportState {
+        let config = self.config().state();
         let inner = self.shared.lock();
         TransportState {
-            config: core.config.state(),
+            config,
             device: inner.state.clone(),
             msix: inner.msix.state().clone(),
         }
@@ -169,9 +170,12 @@ impl VirtioPci {
             return Err(Foreign("device configuration").into());
         }
         core.device.restore(&state.data)?;
-        core.config.restore(&state.transport.config)?;
         let mut control = [0];
-        core.config.read(self.msix_control, &mut control);
+        {
+            let mut config = self.config();
+            config.restore(&state.transport.config)?;
+            config.read(self.msix_control, &mut control);
+        }
         let [control] = control;
         let mut inner = self.shared.lock();
         inner.state.restore(&state.transport.device)?;

@@ -40,13 +40,14 @@ pub(crate) struct Mem {
     requested: u64,
 }
 
-pub(super) const CHAPTERS: [Named<Mem>; COMMON_COUNT + 4] = chapters_of!(
+pub(super) const CHAPTERS: [Named<Mem>; COMMON_COUNT + 5] = chapters_of!(
     Mem,
     &[
         ("requests that are none", requests),
         ("blocks that are not there or not plugged", blocks),
         ("memory that is not plugged", unplugged),
         ("plugged and unplugged without end", again),
+        ("resets in the middle of a request", interrupted),
     ]
 );
 
@@ -272,4 +273,29 @@ fn again(mem: &mut Mem) -> Outcome {
         }
     }
     mem.plugged(0)
+}
+
+/// What was asked for is done or not, and done as a whole.
+fn interrupted(mem: &mut Mem) -> Outcome {
+    const ROUNDS: u64 = 100;
+    let (_, may) = mem.counts();
+    mem.recovers()?;
+    for round in 0..ROUNDS {
+        let kind = if round % 2 == 0 { PLUG } else { UNPLUG_ALL };
+        Mem::put(kind, mem.start, may as u16);
+        let chain = [
+            readable(REQUEST, REQUEST_BYTES),
+            writable(RESPONSE, RESPONSE_BYTES),
+        ];
+        mem.rings[0].chain(0, &chain);
+        mem.rings[0].offer(0);
+        mem.device.kick(0);
+        mem.device.reset().at("round", round)?;
+        mem.up(0)?;
+        let plugged: u64 = mem.device.get(CONFIG + 40);
+        let whole = plugged == 0 || plugged == may * mem.block;
+        same("plugged as a whole", whole, true).at("round", round)?;
+    }
+    mem.wants(UNPLUG_ALL, 0, 0, ACK)?;
+    mem.recovers()
 }
