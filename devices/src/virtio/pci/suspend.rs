@@ -56,10 +56,12 @@ pub(super) struct Standing {
 impl VirtioPci {
     /// What the driver sees, as plain data.
     pub fn transport_state(&self) -> TransportState {
-        self.state_of(&self.core())
+        let _core = self.core();
+        self.registers()
     }
 
-    fn state_of(&self, _core: &Core) -> TransportState {
+    /// The same for whoever holds `core`, so that no register changes meanwhile.
+    fn registers(&self) -> TransportState {
         let config = self.config().state();
         let inner = self.shared.lock();
         TransportState {
@@ -149,7 +151,7 @@ impl VirtioPci {
         Some(VirtioState {
             version: Version,
             device_type: core.device.device_type(),
-            transport: self.state_of(&core),
+            transport: self.registers(),
             queues,
             config,
             data: core.device.data(),
