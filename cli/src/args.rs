@@ -1,5 +1,6 @@
 //! The command line. Docker's name and meaning for each flag that docker has.
 
+use capsid_owner::files::{FileError, Part};
 use clap::{Args, Parser, Subcommand};
 use std::path::PathBuf;
 
@@ -48,6 +49,21 @@ pub struct MachineArgs {
     /// Start the VM even where KVM is software, which can take hours
     #[arg(long)]
     pub allow_software_kvm: bool,
+}
+
+impl MachineArgs {
+    /// Where a part of the machine is.
+    ///
+    /// # Errors
+    /// It is nowhere.
+    pub(crate) fn find(&self, part: Part) -> Result<PathBuf, FileError> {
+        let named = match part {
+            Part::Vmm => &self.vmm,
+            Part::Kernel => &self.kernel,
+            Part::Initramfs => &self.initramfs,
+        };
+        part.find(named.as_deref())
+    }
 }
 
 /// `capsid run`.

@@ -7,9 +7,11 @@ use crate::host::{self, KvmKind};
 use crate::image::cache::{Cache, DEFAULT_DIRECTORY};
 use crate::share::{self, Plan, Root};
 use crate::vm::agent::{Agent, AgentError};
-use crate::vm::files::Part;
-use crate::vm::{Ended, How, Machine, News, Parts};
+use crate::vm::{Machine, News};
 use crate::{chain, quantity};
+use capsid_owner::end::{Ended, How};
+use capsid_owner::files::Part;
+use capsid_owner::machine::Parts;
 use capsid_protocol::agent::StartSandboxResponse;
 use capsid_protocol::exit::VmmExit;
 use serde::Serialize;
@@ -218,7 +220,7 @@ fn file_items(args: &MachineArgs) -> Vec<Item> {
     let mut items: Vec<Item> = parts
         .into_iter()
         .map(|(name, part)| {
-            let found = part.find(args).and_then(|path| {
+            let found = args.find(part).and_then(|path| {
                 let file = part.open(&path)?;
                 let length = file.metadata().map(|kind| kind.len()).unwrap_or(0);
                 Ok(format!("{}, {} KiB", path.display(), length >> 10))
@@ -253,11 +255,11 @@ fn mount_item() -> Item {
 #[derive(Debug, thiserror::Error)]
 enum BootError {
     #[error(transparent)]
-    File(#[from] crate::vm::files::FileError),
+    File(#[from] capsid_owner::files::FileError),
     #[error(transparent)]
     Quantity(#[from] quantity::QuantityError),
     #[error(transparent)]
-    Start(#[from] crate::vm::StartError),
+    Start(#[from] capsid_owner::machine::StartError),
     #[error(transparent)]
     Agent(#[from] AgentError),
     #[error(transparent)]
@@ -297,9 +299,9 @@ fn boot(
     let boot_timeout = quantity::boot_timeout(&args.boot_timeout)?;
     let parts = Parts {
         id: "check".to_owned(),
-        vmm: Part::Vmm.find(args)?,
-        kernel: Part::Kernel.open(&Part::Kernel.find(args)?)?,
-        initramfs: Part::Initramfs.open(&Part::Initramfs.find(args)?)?,
+        vmm: args.find(Part::Vmm)?,
+        kernel: Part::Kernel.open(&args.find(Part::Kernel)?)?,
+        initramfs: Part::Initramfs.open(&args.find(Part::Initramfs)?)?,
         share: None,
         cpus: quantity::cpus("1")?,
         memory: quantity::memory(BOOT_MEMORY, host::memory().0)?,

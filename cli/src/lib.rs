@@ -10,7 +10,6 @@
 mod abort;
 pub mod args;
 mod check;
-mod escape;
 mod host;
 mod image;
 mod quantity;
@@ -30,6 +29,7 @@ mod volume;
 
 use abort::Abort;
 use args::{CheckArgs, Cli, Command, RunArgs};
+use capsid_owner::escape;
 use clap::Parser;
 use clap::error::ErrorKind;
 use run::{Clock, Event, RunError, Verdict};

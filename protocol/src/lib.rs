@@ -19,6 +19,11 @@ pub mod vsock;
 pub mod agent {
     pub use generated::{agent::*, agent_ttrpc::*};
 
+    /// The client for an event loop.
+    pub mod r#async {
+        pub use super::generated::agent_ttrpc_async::AgentClient;
+    }
+
     #[allow(
         missing_docs,
         unreachable_pub,

@@ -14,12 +14,15 @@ use serde::Deserialize;
 use crate::command::{self, CommandError};
 
 /// `(X, Y)`: room X may depend on room Y. Nothing else may, and `xtask` on nothing.
-const ARROWS: [(&str, &str); 10] = [
+const ARROWS: [(&str, &str); 13] = [
     ("shim", "protocol"),
+    ("shim", "owner"),
+    ("owner", "protocol"),
     ("agent", "protocol"),
     ("vmm", "protocol"),
     ("vmm", "devices"),
     ("cli", "protocol"),
+    ("cli", "owner"),
     ("tests", "protocol"),
     ("fuzz", "protocol"),
     ("fuzz", "devices"),

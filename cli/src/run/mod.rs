@@ -23,9 +23,10 @@ use crate::spec::bundle::{self, Bundle};
 use crate::spec::{self, BundleError, SpecError, Wishes};
 use crate::terminal;
 use crate::users::{Accounts, UserError};
-use crate::vm::files::{FileError, Part};
-use crate::vm::{Parts, StartError};
 use crate::volume::{self, Volume, VolumeError};
+use capsid_owner::end::Ended;
+use capsid_owner::files::{FileError, Part};
+use capsid_owner::machine::{self, Parts, StartError};
 use capsid_protocol::machine::{Cpus, MemoryMib};
 use session::Session;
 use std::fs::File;
@@ -105,7 +106,7 @@ pub(crate) enum RunError {
 }
 
 /// The words for a machine that ended before anything ran in it.
-pub(crate) fn machine_ended(ended: &crate::vm::Ended) -> String {
+pub(crate) fn machine_ended(ended: &Ended) -> String {
     verdict::machine_ended(ended, false)
         .reason
         .unwrap_or_default()
@@ -189,10 +190,10 @@ fn check(args: &RunArgs) -> Result<Checked, RunError> {
         return Err(RunError::NotRoot);
     }
     host::usable_kvm(args.machine.allow_software_kvm)?;
-    let vmm = Part::Vmm.find(&args.machine)?;
-    crate::vm::is_executable(&vmm)?;
-    let kernel = Part::Kernel.open(&Part::Kernel.find(&args.machine)?)?;
-    let initramfs = Part::Initramfs.open(&Part::Initramfs.find(&args.machine)?)?;
+    let vmm = args.machine.find(Part::Vmm)?;
+    machine::is_executable(&vmm)?;
+    let kernel = Part::Kernel.open(&args.machine.find(Part::Kernel)?)?;
+    let initramfs = Part::Initramfs.open(&args.machine.find(Part::Initramfs)?)?;
     Ok(Checked {
         cpus,
         memory,

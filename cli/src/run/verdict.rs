@@ -5,18 +5,11 @@
 //! command ran is ours: 125, or 126 and 127 as a shell has them. Never 0 by default.
 
 use crate::vm::agent::AgentError;
-use crate::vm::{Ended, How};
-use capsid_protocol::exit::VmmExit;
+use capsid_owner::end::{Ended, UNKNOWN};
 use std::time::Duration;
 
 /// An error of ours, as docker's.
 pub(crate) const OURS: u8 = 125;
-/// A command whose exit nobody knows.
-const UNKNOWN: u8 = 255;
-/// A command killed together with its VMM.
-const KILLED: u8 = 137;
-/// Most lines of a VMM's last words that are shown.
-const WORDS_MAX_LINES: usize = 40;
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -50,14 +43,17 @@ impl Verdict {
 
 /// The machine ended before the command's exit was known.
 pub(crate) fn machine_ended(ended: &Ended, is_running: bool) -> Verdict {
-    let code = match (is_running, ended.how) {
-        (false, _) => OURS,
-        (true, How::Signal(_) | How::Exit(VmmExit::Stopped)) => KILLED,
-        (true, _) => UNKNOWN,
-    };
+    if !is_running {
+        return Verdict::ours(ended.reason());
+    }
+    let line = ended.reason_in_one_line();
+    let reason = ended.reason();
+    let console = reason.strip_prefix(&line).unwrap_or_default();
     Verdict {
-        code,
-        reason: Some(describe(ended, is_running)),
+        code: ended.how.command_exit(),
+        reason: Some(format!(
+            "{line}; the command's own exit is not known{console}"
+        )),
     }
 }
 
@@ -76,9 +72,7 @@ pub(crate) fn agent_failed(error: &AgentError, is_running: bool) -> Verdict {
 
 /// The agent did not dial in time, whatever kept it, and the machine was told to end.
 pub(crate) fn agent_unreached(limit: Duration, ended: &Ended) -> Verdict {
-    let mut reason = unreached(limit);
-    reason.extend(console(ended));
-    Verdict::ours(reason)
+    Verdict::ours(unreached(limit) + &ended.console())
 }
 
 /// The words for it.
@@ -86,57 +80,12 @@ pub(crate) fn unreached(limit: Duration) -> String {
     format!("agent not reachable in {} s", limit.as_secs())
 }
 
-/// The reason in the VMM's words, where it had any, and in ours.
-fn describe(ended: &Ended, is_running: bool) -> String {
-    let first = lines(ended)
-        .next()
-        .map(|line| line.trim_start_matches("capsid-vmm: "));
-    let mut text = match (ended.how, first) {
-        (How::Signal(signal), _) => format!("the VMM was killed by signal {signal}"),
-        (How::Exit(VmmExit::PowerOff), _) => "the guest powered off by itself".to_owned(),
-        (How::Exit(_), Some(line)) => line.to_owned(),
-        (How::Exit(exit), None) => exit.describe().to_owned(),
-        (How::Code(code), Some(line)) => format!("the VMM ended with code {code}: {line}"),
-        (How::Code(code), None) => format!("the VMM ended with code {code}"),
-    };
-    if is_running {
-        text.push_str("; the command's own exit is not known");
-    }
-    // A refused kernel is told in one line; of a guest that went down, the console says more.
-    if is_of_the_guest(ended.how) {
-        text.extend(console(ended));
-    }
-    text
-}
-
-fn lines(ended: &Ended) -> impl Iterator<Item = &str> {
-    ended.words.lines().filter(|line| !line.trim().is_empty())
-}
-
-/// What follows the VMM's one line, each line on one of its own.
-fn console(ended: &Ended) -> impl Iterator<Item = String> {
-    let lines = lines(ended).skip(1).take(WORDS_MAX_LINES);
-    lines.map(|line| format!("\n{line}"))
-}
-
-fn is_of_the_guest(how: How) -> bool {
-    matches!(
-        how,
-        How::Exit(
-            VmmExit::Reset
-                | VmmExit::GuestPanic
-                | VmmExit::TripleFault
-                | VmmExit::KvmError
-                | VmmExit::VcpuLost
-                | VmmExit::Stopped
-        )
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use capsid_owner::end::How;
     use capsid_protocol::exec_error::ExecError;
+    use capsid_protocol::exit::VmmExit;
 
     fn ended(how: How, words: &str) -> Ended {
         Ended {

@@ -12,17 +12,15 @@
 //! Read-only is `mount_setattr(2)` on the host, recursively: the guest's opinion does not matter. Decision 0003 says
 //! why the writable layer is a tmpfs.
 
-mod setattr;
-
 use crate::image::tree::Tree;
 use crate::volume::Volume;
-use nix::sched::CloneFlags;
-use rustix::fs::{AtFlags, CWD, Mode, OFlags};
-use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+use capsid_owner::mounts::{
+    MountAttrFlags, OPTIONS_MAX_BYTES, attach, clone_tree, enter_private_namespace, make_directory,
+    make_file, mount_overlay, open_at, put, set_attributes, tmpfs,
 };
+use rustix::fs::CWD;
 use std::io::{self, Write};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -34,8 +32,6 @@ const WRITABLE_MAX_BYTES: u64 = 16 << 30;
 const WRITABLE_PART_OF_MEMORY: u64 = 2;
 /// Most files of a writable layer: a file without content still takes about 1 KiB of the host's memory.
 const WRITABLE_MAX_INODES: u64 = 1 << 20;
-/// Longest option string of a mount (one page, `mount(2)`), in bytes.
-const OPTIONS_MAX_BYTES: usize = 4095;
 
 /// What the root file system is made of.
 #[derive(Clone, Debug)]
@@ -167,7 +163,7 @@ fn mount_all(plan: &Plan) -> Result<Share, ShareError> {
     }
     let tree = clone_tree(tree.as_fd(), Path::new("")).map_err(step("clone the share's tree"))?;
     // The VMM never opens a device or runs a program of the tree; the guest's own kernel serves its devices.
-    setattr::set(
+    set_attributes(
         &tree,
         MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOSUID,
     )
@@ -187,14 +183,6 @@ fn root_error(path: &Path) -> impl FnOnce(io::Error) -> ShareError + '_ {
     }
 }
 
-/// A mount namespace of this thread alone (which also unshares its root and working directory), from which nothing
-/// propagates back.
-fn enter_private_namespace() -> io::Result<()> {
-    nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    Ok(rustix::mount::mount_change("/", private)?)
-}
-
 /// The detached mount of a volume, read-only where asked for, and whether it is a directory.
 fn open_volume(volume: &Volume) -> Result<(OwnedFd, bool), ShareError> {
     let failed = |cause| ShareError::Volume {
@@ -207,35 +195,9 @@ fn open_volume(volume: &Volume) -> Result<(OwnedFd, bool), ShareError> {
     }
     let mount = clone_tree(CWD, &volume.source).map_err(failed)?;
     if volume.read_only {
-        setattr::set(&mount, MountAttrFlags::MOUNT_ATTR_RDONLY).map_err(failed)?;
+        set_attributes(&mount, MountAttrFlags::MOUNT_ATTR_RDONLY).map_err(failed)?;
     }
     Ok((mount, kind.is_dir()))
-}
-
-/// A detached copy of the mount tree at `path`; with an empty path, of the one behind the fd.
-fn clone_tree(at: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
-    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_RECURSIVE;
-    if path.as_os_str().is_empty() {
-        flags |= OpenTreeFlags::AT_EMPTY_PATH;
-    }
-    Ok(rustix::mount::open_tree(at, path, flags)?)
-}
-
-/// A detached tmpfs of bounded size.
-fn tmpfs(max_bytes: u64, max_inodes: u64) -> io::Result<OwnedFd> {
-    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    rustix::mount::fsconfig_set_string(&context, "source", "capsid")?;
-    rustix::mount::fsconfig_set_string(&context, "mode", "0755")?;
-    rustix::mount::fsconfig_set_string(&context, "size", max_bytes.to_string())?;
-    rustix::mount::fsconfig_set_string(&context, "nr_inodes", max_inodes.to_string())?;
-    rustix::mount::fsconfig_create(&context)?;
-    Ok(rustix::mount::fsmount(
-        &context,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::empty(),
-    )?)
 }
 
 /// A detached overlay of `layers` (the lowest first) under a tmpfs.
@@ -271,35 +233,6 @@ fn overlay(layers: &[PathBuf], host_memory_bytes: u64) -> Result<OwnedFd, ShareE
     clone_tree(upper.as_fd(), Path::new("merged")).map_err(step("clone the overlay"))
 }
 
-/// `mount(2)`, since `fsconfig(2)` takes strings of at most 255 bytes.
-fn mount_overlay(target: &str, options: &str) -> io::Result<()> {
-    let options = std::ffi::CString::new(options)?;
-    let flags = rustix::mount::MountFlags::empty();
-    Ok(rustix::mount::mount(
-        "capsid",
-        target,
-        "overlay",
-        flags,
-        Some(options.as_c_str()),
-    )?)
-}
-
-/// Moves a detached mount to a place.
-fn attach(mount: &OwnedFd, at: impl AsFd, place: &Path) -> io::Result<()> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    Ok(rustix::mount::move_mount(mount, "", at, place, flags)?)
-}
-
-/// Makes the mount point `place` in the tree and moves a detached mount there.
-fn put(mount: &OwnedFd, tree: &OwnedFd, place: &Path, is_directory: bool) -> io::Result<()> {
-    if is_directory {
-        make_directory(tree, place)?;
-    } else {
-        make_file(tree, place)?;
-    }
-    attach(mount, tree, place)
-}
-
 /// The small files of the container's `/etc`.
 fn put_files(plan: &Plan, tree: &OwnedFd) -> io::Result<()> {
     let directory = Path::new(&plan.id).join("etc");
@@ -308,29 +241,6 @@ fn put_files(plan: &Plan, tree: &OwnedFd) -> io::Result<()> {
         make_file(tree, &directory.join(name))?.write_all(text.as_bytes())?;
     }
     Ok(())
-}
-
-fn make_directory(at: &OwnedFd, path: &Path) -> io::Result<()> {
-    // The mode is set apart: the process's umask would take from it.
-    rustix::fs::mkdirat(at, path, Mode::from_raw_mode(0o755))?;
-    Ok(rustix::fs::chmodat(
-        at,
-        path,
-        Mode::from_raw_mode(0o755),
-        AtFlags::empty(),
-    )?)
-}
-
-fn make_file(at: &OwnedFd, path: &Path) -> io::Result<std::fs::File> {
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
-    let file = rustix::fs::openat(at, path, flags, Mode::from_raw_mode(0o644))?;
-    rustix::fs::fchmod(&file, Mode::from_raw_mode(0o644))?;
-    Ok(file.into())
-}
-
-fn open_at(at: impl AsFd, path: &Path) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(rustix::fs::openat(at, path, flags, Mode::empty())?)
 }
 
 #[cfg(test)]

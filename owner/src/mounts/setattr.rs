@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 ///
 /// # Errors
 /// The kernel's.
-pub(super) fn set(tree: &OwnedFd, attributes: MountAttrFlags) -> io::Result<()> {
+pub fn set(tree: &OwnedFd, attributes: MountAttrFlags) -> io::Result<()> {
     let attr = libc::mount_attr {
         attr_set: attributes.bits().into(),
         attr_clr: 0,

@@ -1,6 +1,5 @@
 //! Where the programs of the machine are: the VMM, the guest kernel and the initramfs.
 
-use crate::args::MachineArgs;
 use rustix::fs::{Mode, OFlags};
 use std::ffi::OsString;
 use std::fs::File;
@@ -14,15 +13,18 @@ const LIBEXEC_DIRECTORY: &str = "/usr/libexec/capsid";
 
 /// One of the files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Part {
+pub enum Part {
+    /// `capsid-vmm`.
     Vmm,
+    /// The guest kernel.
     Kernel,
+    /// The guest's initramfs.
     Initramfs,
 }
 
 /// What was not found.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum FileError {
+pub enum FileError {
     /// The path that the person named.
     #[error("cannot open the {what} {path}")]
     Named {
@@ -52,7 +54,7 @@ pub(crate) enum FileError {
 
 impl Part {
     /// A few words.
-    pub(crate) fn what(self) -> &'static str {
+    pub fn what(self) -> &'static str {
         match self {
             Part::Vmm => "VMM program",
             Part::Kernel => "guest kernel",
@@ -68,18 +70,13 @@ impl Part {
         }
     }
 
-    /// Finds the path: the flag's, the variable's, or the first of the usual ones that is there.
+    /// Finds the path: the one that the user named, the variable's, or the first of the usual ones that is there.
     ///
     /// # Errors
     /// It is nowhere.
-    pub(crate) fn find(self, args: &MachineArgs) -> Result<PathBuf, FileError> {
-        let flag = match self {
-            Part::Vmm => &args.vmm,
-            Part::Kernel => &args.kernel,
-            Part::Initramfs => &args.initramfs,
-        };
+    pub fn find(self, named: Option<&Path>) -> Result<PathBuf, FileError> {
         let (_, _, variable) = self.names();
-        let named = flag.clone().map(OsString::from);
+        let named = named.map(OsString::from);
         let named = named.or_else(|| std::env::var_os(variable).filter(|path| !path.is_empty()));
         let program = std::env::current_exe().ok();
         self.among(named, program.as_deref().and_then(Path::parent))
@@ -118,7 +115,7 @@ impl Part {
     ///
     /// # Errors
     /// It is not there, or not a regular file.
-    pub(crate) fn open(self, path: &Path) -> Result<File, FileError> {
+    pub fn open(self, path: &Path) -> Result<File, FileError> {
         let opened = || -> io::Result<File> {
             let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
             let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);

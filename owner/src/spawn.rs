@@ -19,7 +19,7 @@ use std::process::{Child, Command, Stdio};
 ///
 /// # Errors
 /// The program cannot be executed.
-pub(super) fn spawn(program: &Path, config_fd: i32, fds: Vec<OwnedFd>) -> io::Result<Child> {
+pub(crate) fn spawn(program: &Path, config_fd: i32, fds: Vec<OwnedFd>) -> io::Result<Child> {
     let mut command = Command::new(program);
     command
         .arg("--config-fd")

@@ -4,10 +4,10 @@
 use std::fmt;
 
 /// Most characters of a name or a message of a stranger that are shown.
-pub(crate) const SHOWN_MAX_CHARS: usize = 512;
+pub const SHOWN_MAX_CHARS: usize = 512;
 
 /// Shows bytes on one line: control characters as `\n`, `\u{1b}` and so on, at most [`SHOWN_MAX_CHARS`].
-pub(crate) struct Line<'a>(pub(crate) &'a [u8]);
+pub struct Line<'a>(pub &'a [u8]);
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -29,7 +29,7 @@ impl fmt::Display for Line<'_> {
 
 /// Bytes of a console: lines stay lines and tabs stay tabs, carriage returns go, every other control character is shown
 /// as `\u{..}`. The caller bounds the length.
-pub(crate) fn console(bytes: &[u8]) -> String {
+pub fn console(bytes: &[u8]) -> String {
     let mut shown = String::with_capacity(bytes.len());
     for c in String::from_utf8_lossy(bytes).chars() {
         match c {

@@ -19,14 +19,14 @@ const SEND_TIMEOUT_MS: u64 = 10_000;
 
 /// Our end.
 #[derive(Clone, Debug)]
-pub(crate) struct Owner(Arc<OwnedFd>);
+pub struct Owner(Arc<OwnedFd>);
 
 impl Owner {
     /// Both ends: ours and the VMM's.
     ///
     /// # Errors
     /// The kernel gave no sockets.
-    pub(crate) fn pair() -> io::Result<(Owner, OwnedFd)> {
+    pub fn pair() -> io::Result<(Owner, OwnedFd)> {
         let (ours, theirs) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -42,7 +42,7 @@ impl Owner {
     ///
     /// # Errors
     /// The VMM is gone or does not take packets.
-    pub(crate) fn connect(&self, port: u32) -> io::Result<UnixStream> {
+    pub fn connect(&self, port: u32) -> io::Result<UnixStream> {
         let (ours, theirs) = UnixStream::pair()?;
         let packet = OwnerMessage::Connect { port }.encode();
         let fds = [theirs.as_fd()];
@@ -68,7 +68,7 @@ impl Owner {
     ///
     /// # Errors
     /// The kernel's.
-    pub(crate) fn accept(&self) -> io::Result<Option<(u32, OwnedFd)>> {
+    pub fn accept(&self) -> io::Result<Option<(u32, OwnedFd)>> {
         loop {
             // One byte more than a packet, so that a longer one is seen as such.
             let mut packet = [0u8; OwnerMessage::BYTES + 1];

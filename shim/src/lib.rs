@@ -1,0 +1,1 @@
+//! `containerd-shim-capsid-v2`: containerd's shim for Capsid, one for each pod.

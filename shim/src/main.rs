@@ -1,0 +1,3 @@
+//! `containerd-shim-capsid-v2`. See the library.
+
+fn main() {}
