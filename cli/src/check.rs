@@ -306,6 +306,7 @@ fn boot(
         cpus: quantity::cpus("1")?,
         memory: quantity::memory(BOOT_MEMORY, host::memory().0)?,
         console: false,
+        cgroup: None,
     };
     let started = Instant::now();
     let deadline = started + boot_timeout;

@@ -9,7 +9,7 @@ use rustix::net::{
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,6 +36,15 @@ impl Owner {
         let timeout = Duration::from_millis(SEND_TIMEOUT_MS);
         set_socket_timeout(&ours, Timeout::Send, Some(timeout))?;
         Ok((Owner(Arc::new(ours)), theirs))
+    }
+
+    /// Makes both directions return [`io::ErrorKind::WouldBlock`] instead of waiting; for owners with an event loop, which is told of
+    /// this socket by [`AsFd`].
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn set_nonblocking(&self) -> io::Result<()> {
+        Ok(rustix::io::ioctl_fionbio(&*self.0, true)?)
     }
 
     /// Connects to a port of the guest. A guest that refuses shows as the end of the stream before its first byte.
@@ -105,6 +114,12 @@ impl Owner {
     }
 }
 
+impl AsFd for Owner {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -158,6 +173,22 @@ mod tests {
         assert!(owner.accept().expect("received").is_none());
         let mut byte = [0];
         assert_eq!(ours.read(&mut byte).expect("closed"), 0);
+    }
+
+    #[test]
+    fn an_owner_with_an_event_loop_never_waits() {
+        let (owner, vmm) = Owner::pair().expect("sockets");
+        owner.set_nonblocking().expect("a socket");
+        let error = owner.accept().expect_err("nothing there");
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        // A VMM that takes nothing: sooner or later its socket is full.
+        let error = (0..100_000).find_map(|_| owner.connect(1025).err());
+        assert_eq!(
+            error.expect("full").kind(),
+            io::ErrorKind::WouldBlock,
+            "and not an endless wait"
+        );
+        drop(vmm);
     }
 
     #[test]

@@ -45,6 +45,8 @@ pub struct Parts {
     pub memory: MemoryMib,
     /// Hand the guest's console out.
     pub console: bool,
+    /// `cgroup.procs` of the cgroup (v2) that the VMM is to begin in, open for writing; absent: ours.
+    pub cgroup: Option<File>,
 }
 
 /// Why no machine could be started.
@@ -113,9 +115,11 @@ pub fn start(parts: Parts) -> Result<Started, StartError> {
     let config = config_file(&config.to_json()?).map_err(prepare("configuration"))?;
     let config_fd = config.as_raw_fd();
     let fds = inherited.into_fds(config);
-    let mut child = spawn::spawn(&parts.vmm, config_fd, fds).map_err(|cause| StartError::Exec {
-        path: parts.vmm.clone(),
-        cause,
+    let mut child = spawn::spawn(&parts.vmm, config_fd, fds, parts.cgroup).map_err(|cause| {
+        StartError::Exec {
+            path: parts.vmm.clone(),
+            cause,
+        }
     })?;
     let pidfd = match pidfd_of(&child) {
         Ok(pidfd) => pidfd,

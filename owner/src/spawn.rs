@@ -9,17 +9,23 @@ use nix::sched::{CloneFlags, setns, unshare};
 use nix::sys::signal::{SigSet, Signal};
 use rustix::io::FdFlags;
 use rustix::process::{PidfdFlags, getpid, pidfd_open};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-/// Starts `program` with `fds` inherited by their own numbers, `config` among them.
+/// Starts `program` with `fds` inherited by their own numbers, `config` among them; in the cgroup whose `cgroup.procs` is given.
 ///
 /// # Errors
 /// The program cannot be executed.
-pub(crate) fn spawn(program: &Path, config_fd: i32, fds: Vec<OwnedFd>) -> io::Result<Child> {
+pub(crate) fn spawn(
+    program: &Path,
+    config_fd: i32,
+    fds: Vec<OwnedFd>,
+    cgroup: Option<File>,
+) -> io::Result<Child> {
     let mut command = Command::new(program);
     command
         .arg("--config-fd")
@@ -41,10 +47,14 @@ pub(crate) fn spawn(program: &Path, config_fd: i32, fds: Vec<OwnedFd>) -> io::Re
             rustix::io::fcntl_setfd(fd.as_fd(), FdFlags::empty())?;
         }
         blocked.thread_set_mask()?;
+        if let Some(procs) = &cgroup {
+            // "0" is whoever writes it (cgroup v2, Documentation/admin-guide/cgroup-v2.rst).
+            rustix::io::write(procs, b"0")?;
+        }
         Ok(())
     };
-    // SAFETY: the closure runs between fork and exec, where only async-signal-safe work is allowed: it calls fcntl(2)
-    // and sigprocmask, allocates nothing and takes no lock. It owns the fds, so they are open until exec.
+    // SAFETY: the closure runs between fork and exec, where only async-signal-safe work is allowed: it calls fcntl(2),
+    // sigprocmask and write(2), allocates nothing and takes no lock. It owns the fds, so they are open until exec.
     unsafe { command.pre_exec(inherit) };
     in_new_pid_namespace(&mut command)
 }

@@ -162,6 +162,7 @@ pub(crate) fn run(
         cpus: checked.cpus,
         memory: checked.memory,
         console: args.debug,
+        cgroup: None,
     };
     Session::start(parts, checked.boot_timeout, events, clock)?.run(session::Container {
         id: wishes.id,

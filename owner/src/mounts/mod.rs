@@ -3,7 +3,7 @@
 
 mod setattr;
 
-pub use setattr::set as set_attributes;
+pub use setattr::{Propagation, set_attributes, set_propagation};
 
 use nix::sched::CloneFlags;
 use rustix::fs::{AtFlags, Mode, OFlags};

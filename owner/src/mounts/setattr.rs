@@ -9,13 +9,48 @@ use std::os::fd::{AsRawFd, OwnedFd};
 ///
 /// # Errors
 /// The kernel's.
-pub fn set(tree: &OwnedFd, attributes: MountAttrFlags) -> io::Result<()> {
-    let attr = libc::mount_attr {
-        attr_set: attributes.bits().into(),
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
+pub fn set_attributes(tree: &OwnedFd, attributes: MountAttrFlags) -> io::Result<()> {
+    set(
+        tree,
+        libc::mount_attr {
+            attr_set: attributes.bits().into(),
+            attr_clr: 0,
+            propagation: 0,
+            userns_fd: 0,
+        },
+    )
+}
+
+/// What is mounted in a tree later arrives in other copies of it that say [`Propagation::Slave`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Propagation {
+    /// Tells its copies, and listens to those that are shared.
+    Shared,
+    /// Listens to the shared tree that it is a copy of.
+    Slave,
+}
+
+/// Sets how mounts travel (`Documentation/filesystems/sharedsubtree.rst`), for every mount of the tree behind the fd.
+///
+/// # Errors
+/// The kernel's.
+pub fn set_propagation(tree: &OwnedFd, propagation: Propagation) -> io::Result<()> {
+    let propagation = match propagation {
+        Propagation::Shared => libc::MS_SHARED,
+        Propagation::Slave => libc::MS_SLAVE,
     };
+    set(
+        tree,
+        libc::mount_attr {
+            attr_set: 0,
+            attr_clr: 0,
+            propagation,
+            userns_fd: 0,
+        },
+    )
+}
+
+fn set(tree: &OwnedFd, attr: libc::mount_attr) -> io::Result<()> {
     let flags = libc::AT_EMPTY_PATH | libc::AT_RECURSIVE;
     // SAFETY: the path is a NUL-terminated string and `attr` a live struct of the size passed; the kernel reads
     // both and keeps neither.
