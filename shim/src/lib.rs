@@ -1,1 +1,3 @@
 //! `containerd-shim-capsid-v2`: containerd's shim for Capsid, one for each pod.
+
+pub mod share;
