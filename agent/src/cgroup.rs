@@ -1,7 +1,8 @@
-//! One container's cgroup (v2): its figures, its processes, its end. Every call may block in the kernel
+//! One container's cgroup (v2): its processes, its limits, its end; its figures are read in `figures.rs`. Every call may block in the kernel
 //! (a reader of memory.stat waits for a flush), so all of it runs on blocking threads and under no lock.
 //! File formats: Documentation/admin-guide/cgroup-v2.rst.
 
+use crate::figures::Keyed;
 use libcgroups::common::{CgroupManager, ControllerOpt};
 use oci_spec::runtime::LinuxResources;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -50,44 +51,6 @@ pub enum CgroupError {
     Limits(String),
 }
 
-/// The figures of a container. A controller that is not there counts 0; no limit is `u64::MAX`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Figures {
-    /// cpu.stat.
-    pub cpu: Cpu,
-    /// memory.current, memory.max, memory.stat, memory.events.
-    pub memory: Memory,
-    /// pids.current.
-    pub pids_current: u64,
-    /// pids.max.
-    pub pids_limit: u64,
-    /// io.stat, all devices: bytes read and written.
-    pub io: (u64, u64),
-}
-
-/// cpu.stat, in µs but for the count of throttled periods.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs)] // the kernel's names
-pub struct Cpu {
-    pub usage_usec: u64,
-    pub user_usec: u64,
-    pub system_usec: u64,
-    pub nr_throttled: u64,
-    pub throttled_usec: u64,
-}
-
-/// The memory controller's files, in bytes but for the count of OOM kills.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[allow(missing_docs)] // the kernel's names
-pub struct Memory {
-    pub current: u64,
-    pub max: u64,
-    pub anon: u64,
-    pub file: u64,
-    pub inactive_file: u64,
-    pub oom_kill: u64,
-}
-
 /// The cgroup of one container.
 #[derive(Clone, Debug)]
 pub struct Cgroup {
@@ -107,44 +70,13 @@ impl Cgroup {
         }
     }
 
-    /// Reads all figures.
-    ///
-    /// # Errors
-    /// The cgroup is gone.
-    pub fn figures(&self) -> Result<Figures, CgroupError> {
-        let limit = |name| Ok(self.optional(name)?.map_or(u64::MAX, |text| limit(&text)));
-        let cpu = self.read("cpu.stat")?;
-        let stat = self.optional("memory.stat")?.unwrap_or_default();
-        let number = |name| Ok(self.optional(name)?.map_or(0, |text| number(&text)));
-        Ok(Figures {
-            cpu: Cpu {
-                usage_usec: keyed(&cpu, "usage_usec"),
-                user_usec: keyed(&cpu, "user_usec"),
-                system_usec: keyed(&cpu, "system_usec"),
-                nr_throttled: keyed(&cpu, "nr_throttled"),
-                throttled_usec: keyed(&cpu, "throttled_usec"),
-            },
-            memory: Memory {
-                current: number("memory.current")?,
-                max: limit("memory.max")?,
-                anon: keyed(&stat, "anon"),
-                file: keyed(&stat, "file"),
-                inactive_file: keyed(&stat, "inactive_file"),
-                oom_kill: self.oom_kills()?,
-            },
-            pids_current: number("pids.current")?,
-            pids_limit: limit("pids.max")?,
-            io: io_bytes(&self.optional("io.stat")?.unwrap_or_default()),
-        })
-    }
-
     /// How many processes the OOM killer has taken; 0 without a memory controller.
     ///
     /// # Errors
     /// The cgroup is gone.
     pub fn oom_kills(&self) -> Result<u64, CgroupError> {
         let events = self.optional("memory.events")?.unwrap_or_default();
-        Ok(keyed(&events, "oom_kill"))
+        Ok(Keyed::parse(&events).get("oom_kill"))
     }
 
     /// memory.events, open for polling; `None` without a memory controller.
@@ -303,7 +235,7 @@ impl Cgroup {
             file.rewind().map_err(failed("reading", path.clone()))?;
             let read = file.by_ref().take(FILE_MAX_BYTES).read_to_string(&mut text);
             read.map_err(failed("reading", path.clone()))?;
-            if keyed(&text, key) == value {
+            if Keyed::parse(&text).get(key) == value {
                 return Ok(());
             }
             let left = until.saturating_duration_since(Instant::now());
@@ -327,13 +259,13 @@ impl Cgroup {
         }
     }
 
-    fn read(&self, name: &str) -> Result<String, CgroupError> {
+    pub(crate) fn read(&self, name: &str) -> Result<String, CgroupError> {
         let path = self.path.join(name);
         read_bounded(&path).map_err(failed("reading", path))
     }
 
     /// A file that exists only with its controller; an error only if the whole cgroup is gone.
-    fn optional(&self, name: &str) -> Result<Option<String>, CgroupError> {
+    pub(crate) fn optional(&self, name: &str) -> Result<Option<String>, CgroupError> {
         match self.read(name) {
             Err(CgroupError::File { cause, .. }) if cause.kind() == io::ErrorKind::NotFound => {
                 Ok(None)
@@ -378,57 +310,9 @@ fn read_bounded(path: &Path) -> io::Result<String> {
     Ok(text)
 }
 
-/// The value of `key` in a flat keyed file ("key value" a line); 0 if it is not there.
-fn keyed(text: &str, key: &str) -> u64 {
-    let value = text.lines().find_map(|line| {
-        let (name, value) = line.split_once(' ')?;
-        (name == key).then(|| number(value))
-    });
-    value.unwrap_or(0)
-}
-
-fn number(text: &str) -> u64 {
-    text.trim().parse().unwrap_or(0)
-}
-
-/// A limit file: a number, or "max".
-fn limit(text: &str) -> u64 {
-    text.trim().parse().unwrap_or(u64::MAX)
-}
-
-/// rbytes and wbytes of io.stat over all devices.
-fn io_bytes(text: &str) -> (u64, u64) {
-    let sum = |key: &str| {
-        let pairs = text.split_whitespace();
-        let values = pairs.filter_map(|pair| pair.strip_prefix(key)?.parse::<u64>().ok());
-        values.fold(0u64, u64::saturating_add)
-    };
-    (sum("rbytes="), sum("wbytes="))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    const CPU: &str = "usage_usec 1500\nuser_usec 1000\nsystem_usec 500\nnr_periods 0\n";
-
-    #[test]
-    fn a_key_is_found_by_its_whole_name() {
-        assert_eq!(keyed(CPU, "usage_usec"), 1500);
-        assert_eq!(keyed(CPU, "usec"), 0);
-    }
-
-    #[test]
-    fn a_missing_key_counts_zero() {
-        assert_eq!(keyed(CPU, "throttled_usec"), 0);
-    }
-
-    #[test]
-    fn max_is_no_limit() {
-        assert_eq!(limit("max\n"), u64::MAX);
-        assert_eq!(limit("1048576\n"), 1 << 20);
-    }
 
     #[test]
     fn only_a_cgroup_that_is_there_is_found_in_proc() {
@@ -449,50 +333,5 @@ mod tests {
         ended.wait().expect("wait");
         assert!(matches!(cgroup.directory_of(ended.id()), Ok(None)));
         assert!(matches!(cgroup.directory_of(std::process::id()), Ok(None)));
-    }
-
-    #[test]
-    fn io_is_summed_over_devices() {
-        let text = "254:0 rbytes=4096 wbytes=512 rios=1 wios=1 dbytes=0 dios=0\n\
-                    254:16 rbytes=1 wbytes=2 rios=1 wios=1 dbytes=0 dios=0\n";
-        assert_eq!(io_bytes(text), (4097, 514));
-    }
-
-    #[test]
-    fn figures_come_from_the_files() {
-        let root = std::env::temp_dir().join(format!("capsid-cgroup-{}", std::process::id()));
-        let directory = root.join("capsid/c1");
-        fs::create_dir_all(&directory).expect("made");
-        for (name, text) in [
-            ("cpu.stat", CPU),
-            ("memory.current", "4096\n"),
-            ("memory.max", "max\n"),
-            ("memory.stat", "anon 1\nfile 2\ninactive_file 3\n"),
-            ("memory.events", "low 0\noom_kill 2\n"),
-            ("pids.current", "7\n"),
-            ("pids.max", "100\n"),
-        ] {
-            fs::write(directory.join(name), text).expect("written");
-        }
-        let figures = Cgroup::of(&root, "c1").figures().expect("read");
-        fs::remove_dir_all(&root).expect("removed");
-        assert_eq!(figures.cpu.usage_usec, 1500);
-        assert_eq!(figures.memory.max, u64::MAX);
-        assert_eq!(figures.memory.inactive_file, 3);
-        assert_eq!(figures.memory.oom_kill, 2);
-        assert_eq!((figures.pids_current, figures.pids_limit), (7, 100));
-        assert_eq!(figures.io, (0, 0));
-    }
-
-    #[test]
-    fn a_cgroup_that_is_gone_is_an_error() {
-        assert!(Cgroup::of(Path::new("/nowhere"), "c1").figures().is_err());
-    }
-
-    proptest! {
-        #[test]
-        fn any_text_is_read(text: String) {
-            let _ = (keyed(&text, "anon"), limit(&text), io_bytes(&text));
-        }
     }
 }

@@ -12,36 +12,52 @@ use tokio::io::Interest;
 use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
-/// The container ids with news, in order.
+/// The OOM killer was in a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct OomKill {
+    /// Which.
+    pub container_id: String,
+    /// How many processes of it were killed so far.
+    pub kills: u64,
+}
+
+/// The containers with news, in order.
 #[derive(Debug, Default)]
 pub struct Events {
-    queue: Mutex<VecDeque<String>>,
+    queue: Mutex<VecDeque<OomKill>>,
     more: Notify,
     asked: tokio::sync::Mutex<()>,
 }
 
 impl Events {
-    fn push(&self, id: &str) {
+    fn push(&self, id: &str, kills: u64) {
         let mut queue = self.queue();
-        if !queue.iter().any(|queued| queued == id) {
-            queue.push_back(id.into());
-            self.more.notify_one();
+        match queue.iter_mut().find(|queued| queued.container_id == id) {
+            Some(queued) => queued.kills = kills,
+            None => {
+                let container_id = id.into();
+                queue.push_back(OomKill {
+                    container_id,
+                    kills,
+                });
+                self.more.notify_one();
+            }
         }
     }
 
     /// The next container in which the OOM killer was; `None` if somebody else is waiting already.
-    pub async fn next_oom(&self) -> Option<String> {
+    pub async fn next_oom(&self) -> Option<OomKill> {
         let _only_one = self.asked.try_lock().ok()?;
         loop {
             let next = self.queue().pop_front();
             match next {
-                Some(id) => return Some(id),
+                Some(oom) => return Some(oom),
                 None => self.more.notified().await,
             }
         }
     }
 
-    fn queue(&self) -> MutexGuard<'_, VecDeque<String>> {
+    fn queue(&self) -> MutexGuard<'_, VecDeque<OomKill>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -62,16 +78,15 @@ struct Counter {
 }
 
 impl Counter {
-    fn check(&self) {
+    fn check(&self) -> u64 {
         // A cgroup that is gone has no more news.
-        let Ok(kills) = self.cgroup.oom_kills() else {
-            return;
-        };
+        let kills = self.cgroup.oom_kills().unwrap_or(0);
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if kills > *seen {
             *seen = kills;
-            self.events.push(&self.id);
+            self.events.push(&self.id, kills);
         }
+        *seen
     }
 }
 
@@ -95,11 +110,13 @@ impl OomWatch {
         OomWatch { counter, task }
     }
 
-    /// Looks now: an exit by the OOM killer is never told before its event is queued.
-    pub async fn check(&self) {
+    /// Looks now, and answers how many processes were killed so far: an exit by the OOM killer is never told before its
+    /// event is queued.
+    pub async fn check(&self) -> u64 {
         let counter = Arc::clone(&self.counter);
         // A look that panicked has told nothing; the watching task still does.
-        let _ = tokio::task::spawn_blocking(move || counter.check()).await;
+        let looked = tokio::task::spawn_blocking(move || counter.check()).await;
+        looked.unwrap_or(0)
     }
 }
 
@@ -130,14 +147,22 @@ async fn watch(file: File, counter: &Arc<Counter>) -> io::Result<()> {
 mod tests {
     use super::*;
 
+    fn oom(id: &str, kills: u64) -> OomKill {
+        let container_id = id.into();
+        OomKill {
+            container_id,
+            kills,
+        }
+    }
+
     #[tokio::test]
     async fn events_come_in_order_and_once() {
         let events = Events::default();
-        for id in ["a", "b", "a"] {
-            events.push(id);
+        for (id, kills) in [("a", 1), ("b", 1), ("a", 3)] {
+            events.push(id, kills);
         }
-        assert_eq!(events.next_oom().await.as_deref(), Some("a"));
-        assert_eq!(events.next_oom().await.as_deref(), Some("b"));
+        assert_eq!(events.next_oom().await, Some(oom("a", 3)));
+        assert_eq!(events.next_oom().await, Some(oom("b", 1)));
         assert!(events.queue().is_empty());
     }
 
@@ -150,7 +175,7 @@ mod tests {
         });
         tokio::task::yield_now().await;
         assert_eq!(events.next_oom().await, None);
-        events.push("a");
-        assert_eq!(first.await.expect("joins").as_deref(), Some("a"));
+        events.push("a", 1);
+        assert_eq!(first.await.expect("joins"), Some(oom("a", 1)));
     }
 }

@@ -11,6 +11,7 @@ pub mod container;
 pub mod cpus;
 mod error;
 pub mod events;
+pub mod figures;
 pub mod hotplug;
 pub mod last_words;
 pub mod launch;

@@ -8,6 +8,7 @@ use crate::container::{Container, Directories};
 pub use crate::error::SandboxError;
 use crate::error::{Result, io_error};
 use crate::events::{Events, OomWatch};
+use crate::figures;
 use crate::last_words::{self, chain};
 use crate::launch::Launcher;
 use crate::pending::PendingStreams;
@@ -46,6 +47,22 @@ pub struct Places {
     pub cgroup_root: PathBuf,
     /// Mount point of the host's share; `None` where there is none (tests).
     pub share: Option<PathBuf>,
+}
+
+/// The end of a process, for the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct End {
+    /// How and when.
+    pub exit: Exit,
+    /// OOM kills in its container so far; each is queued as an event before this is told.
+    pub oom_kills: u64,
+}
+
+impl End {
+    async fn of(container: &Container, exit: Exit) -> End {
+        let oom_kills = container.oom.check().await;
+        End { exit, oom_kills }
+    }
 }
 
 #[derive(Debug)]
@@ -256,14 +273,13 @@ impl Sandbox {
     ///
     /// # Errors
     /// No such process.
-    pub async fn wait(&self, id: &str, exec_id: &str) -> Result<Exit> {
+    pub async fn wait(&self, id: &str, exec_id: &str) -> Result<End> {
         let container = self.container(id)?;
-        if exec_id.is_empty() {
-            let exit = container.init.wait_finished().await;
-            container.oom.check().await;
-            return Ok(exit);
-        }
-        Ok(exec_of(&container, exec_id)?.wait_finished().await)
+        let exit = match exec_id {
+            "" => container.init.wait_finished().await,
+            exec_id => exec_of(&container, exec_id)?.wait_finished().await,
+        };
+        Ok(End::of(&container, exit).await)
     }
 
     /// Sends a signal to one process, or to all of the container.
@@ -344,9 +360,9 @@ impl Sandbox {
     ///
     /// # Errors
     /// No such container.
-    pub async fn figures(&self, id: &str) -> Result<crate::cgroup::Figures> {
+    pub async fn figures(&self, id: &str) -> Result<capsid_protocol::agent::StatsResponse> {
         let cgroup = self.container(id)?.cgroup.clone();
-        blocking(move || Ok(cgroup.figures()?)).await
+        blocking(move || Ok(figures::read(&cgroup)?)).await
     }
 
     /// The process that a request names: the init for an empty exec id.
@@ -370,25 +386,25 @@ impl Sandbox {
     ///
     /// # Errors
     /// It runs, or its cgroup cannot be removed (then it stays, to be deleted again).
-    pub async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<Exit> {
+    pub async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<End> {
         let container = self.container(id)?;
         if !exec_id.is_empty() {
             let exit = exec_of(&container, exec_id)?.exited();
             let running = || SandboxError::Wrong(format!("exec {exec_id} is running"));
             let exit = exit.ok_or_else(running)?;
             container.forget_exec(exec_id);
-            return Ok(exit);
+            return Ok(End::of(&container, exit).await);
         }
         container.advance(Verb::Delete)?;
         let sandbox = Arc::clone(self);
         whole(async move {
             let removed = remove(&container).await;
             match removed {
-                Ok(exit) => {
+                Ok(end) => {
                     sandbox.table().remove(&container.id);
                     // The last look at the container's directories may be this one: tmpfs, quick.
                     drop(container);
-                    Ok(exit)
+                    Ok(end)
                 }
                 Err(e) => {
                     container.retreat(State::Stopped);
@@ -509,7 +525,7 @@ fn signal_all(cgroup: &Cgroup, signal: Signal) -> std::result::Result<(), Cgroup
     Ok(())
 }
 
-async fn remove(container: &Arc<Container>) -> Result<Exit> {
+async fn remove(container: &Arc<Container>) -> Result<End> {
     let exit = match container.init.exited() {
         Some(exit) => exit,
         None => {
@@ -522,7 +538,8 @@ async fn remove(container: &Arc<Container>) -> Result<Exit> {
             ended.map_err(|e| io_error("waiting for the killed init process")(e.into()))?
         }
     };
+    let end = End::of(container, exit).await;
     let cgroup = container.cgroup.clone();
     blocking(move || Ok(cgroup.remove()?)).await?;
-    Ok(exit)
+    Ok(end)
 }

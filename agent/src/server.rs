@@ -1,6 +1,5 @@
 //! The ttrpc service: requests in the protocol's words to verbs of the sandbox, refusals to codes.
 
-use crate::cgroup::Figures;
 use crate::cpus::{CPUS, Cpus, CpusError};
 use crate::hotplug::{HotplugError, PciBus};
 use crate::last_words::chain;
@@ -118,38 +117,11 @@ fn streams(stdio: Option<&api::Stdio>) -> StreamIds {
     })
 }
 
-fn exit(exit: crate::reaper::Exit) -> api::WaitResponse {
+fn end(end: crate::sandbox::End) -> api::WaitResponse {
     api::WaitResponse {
-        exit_status: exit.status.into(),
-        exited_at_ns: exit.at_ns,
-        ..Default::default()
-    }
-}
-
-fn stats(figures: Figures) -> api::StatsResponse {
-    let Figures {
-        cpu,
-        memory,
-        pids_current,
-        pids_limit,
-        io: (io_read_bytes, io_write_bytes),
-    } = figures;
-    api::StatsResponse {
-        cpu_usage_usec: cpu.usage_usec,
-        cpu_user_usec: cpu.user_usec,
-        cpu_system_usec: cpu.system_usec,
-        cpu_nr_throttled: cpu.nr_throttled,
-        cpu_throttled_usec: cpu.throttled_usec,
-        memory_usage_bytes: memory.current,
-        memory_limit_bytes: memory.max,
-        memory_anon_bytes: memory.anon,
-        memory_file_bytes: memory.file,
-        memory_inactive_file_bytes: memory.inactive_file,
-        memory_oom_kills: memory.oom_kill,
-        pids_current,
-        pids_limit,
-        io_read_bytes,
-        io_write_bytes,
+        exit_status: end.exit.status.into(),
+        exited_at_ns: end.exit.at_ns,
+        oom_kills: end.oom_kills,
         ..Default::default()
     }
 }
@@ -184,6 +156,11 @@ impl api::Agent for Service {
         _: &TtrpcContext,
         request: api::CreateContainerRequest,
     ) -> Answer<api::CreateContainerResponse> {
+        if request.pause || !request.pid_namespace_of.is_empty() {
+            let text = "pause and pid_namespace_of are not served yet".to_owned();
+            let status = ttrpc::get_status(Code::UNIMPLEMENTED, text);
+            return Err(ttrpc::Error::RpcStatus(status));
+        }
         let ids = streams(request.stdio.as_ref());
         let (id, json) = (&request.container_id, &request.spec_json);
         let guest_pid = self.sandbox.create(id, json, ids).await?;
@@ -219,7 +196,7 @@ impl api::Agent for Service {
         request: api::ProcessRequest,
     ) -> Answer<api::WaitResponse> {
         let (id, exec_id) = (&request.container_id, &request.exec_id);
-        Ok(exit(self.sandbox.wait(id, exec_id).await?))
+        Ok(end(self.sandbox.wait(id, exec_id).await?))
     }
 
     async fn signal(&self, _: &TtrpcContext, request: api::SignalRequest) -> Answer<api::Empty> {
@@ -245,7 +222,7 @@ impl api::Agent for Service {
         _: &TtrpcContext,
         request: api::ContainerRequest,
     ) -> Answer<api::StatsResponse> {
-        Ok(stats(self.sandbox.figures(&request.container_id).await?))
+        Ok(self.sandbox.figures(&request.container_id).await?)
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateRequest) -> Answer<api::Empty> {
@@ -304,16 +281,17 @@ impl api::Agent for Service {
         request: api::ProcessRequest,
     ) -> Answer<api::WaitResponse> {
         let (id, exec_id) = (&request.container_id, &request.exec_id);
-        Ok(exit(self.sandbox.delete(id, exec_id).await?))
+        Ok(end(self.sandbox.delete(id, exec_id).await?))
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: api::Empty) -> Answer<api::Event> {
-        let Some(container_id) = self.sandbox.events.next_oom().await else {
+        let Some(oom) = self.sandbox.events.next_oom().await else {
             return Err(SandboxError::Wrong("another NextEvent is pending".into()).into());
         };
         let mut event = api::Event::default();
         event.set_oom_kill(api::OomKill {
-            container_id,
+            container_id: oom.container_id,
+            oom_kills: oom.kills,
             ..Default::default()
         });
         Ok(event)

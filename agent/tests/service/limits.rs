@@ -1,6 +1,6 @@
 //! cgroup limits, figures, pause, OOM.
 
-use crate::guest::{Guest, container_request, context, lines, refusal};
+use crate::guest::{Guest, container_request, context, lines, process_request, refusal};
 use capsid_protocol::agent::{Empty, UpdateRequest};
 use serde_json::json;
 use std::time::{Duration, Instant};
@@ -17,10 +17,10 @@ fn limits_are_set_told_and_changed() {
     let running = guest.run("c1", &spec);
     let request = container_request("c1");
     let stats = guest.client().stats(context(), &request).expect("told");
-    assert_eq!(stats.memory_limit_bytes, 64 << 20);
-    assert_eq!(stats.pids_limit, 50);
-    assert_eq!(stats.pids_current, 1);
-    assert!(stats.memory_usage_bytes > 0);
+    assert_eq!(stats.memory.limit_bytes, 64 << 20);
+    assert_eq!(stats.pids.limit, 50);
+    assert_eq!(stats.pids.current, 1);
+    assert!(stats.memory.usage_bytes > 0);
     assert_eq!(lines("/sys/fs/cgroup/capsid/c1/cpu.max"), ["50000 100000"]);
     let update = UpdateRequest {
         container_id: "c1".into(),
@@ -29,8 +29,8 @@ fn limits_are_set_told_and_changed() {
     };
     guest.client().update(context(), &update).expect("updated");
     let stats = guest.client().stats(context(), &request).expect("told");
-    assert_eq!(stats.memory_limit_bytes, 96 << 20);
-    assert_eq!(stats.pids_limit, 50);
+    assert_eq!(stats.memory.limit_bytes, 96 << 20);
+    assert_eq!(stats.pids.limit, 50);
     let pids = guest.client().pids(context(), &request).expect("told");
     assert_eq!(pids.guest_pids.len(), 1);
     guest.end(running);
@@ -44,11 +44,16 @@ fn a_container_over_its_memory_is_killed_and_told() {
     spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
     let running = guest.run("c1", &spec);
     let event = guest.client().next_event(context(), &Empty::default());
-    assert_eq!(event.expect("an event").oom_kill().container_id, "c1");
+    let event = event.expect("an event");
+    assert_eq!(event.oom_kill().container_id, "c1");
+    assert_eq!(event.oom_kill().oom_kills, 1);
     assert_eq!(running.finish(&guest).status, 137);
+    let request = process_request("c1", "");
+    let ended = guest.client().wait(context(), &request).expect("told");
+    assert_eq!(ended.oom_kills, 1);
     let request = container_request("c1");
     let stats = guest.client().stats(context(), &request).expect("told");
-    assert_eq!(stats.memory_oom_kills, 1);
+    assert_eq!(stats.memory_events.oom_kill, 1);
     guest.delete("c1", "").expect("deleted");
 }
 
@@ -86,7 +91,7 @@ fn a_paused_container_stands_still() {
     guest.client().pause(context(), &request).expect("paused");
     let used = || {
         let stats = guest.client().stats(context(), &request);
-        stats.expect("told").cpu_usage_usec
+        stats.expect("told").cpu.usage_usec
     };
     let before = used();
     std::thread::sleep(Duration::from_millis(200));
