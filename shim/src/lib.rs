@@ -1,4 +1,7 @@
 //! `containerd-shim-capsid-v2`: containerd's shim for Capsid, one for each pod.
 
+pub mod agent;
 pub mod parked;
+pub mod polled;
 pub mod share;
+pub mod vm;
