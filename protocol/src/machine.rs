@@ -44,6 +44,12 @@ impl Cpus {
     /// The most CPUs of one VM.
     pub const MAX: u8 = 32;
 
+    /// A number that is written in a program: as a constant, one that is out of range does not compile.
+    pub const fn literal(count: u8) -> Cpus {
+        assert!(count >= 1 && count <= Self::MAX);
+        Cpus(count)
+    }
+
     /// The number itself.
     pub fn get(self) -> u8 {
         self.0
@@ -77,6 +83,12 @@ impl MemoryMib {
     pub const MIN: u64 = 64;
     /// The most memory of one VM, in MiB (512 GiB).
     pub const MAX: u64 = 512 * 1024;
+
+    /// A size in MiB that is written in a program: as a constant, one that is out of range does not compile.
+    pub const fn literal(mib: u64) -> MemoryMib {
+        assert!(mib >= Self::MIN && mib <= Self::MAX);
+        MemoryMib(mib)
+    }
 
     /// The size in MiB.
     pub fn get(self) -> u64 {

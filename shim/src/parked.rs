@@ -77,7 +77,7 @@ impl Parked {
             .name("parked".into())
             .stack_size(STACK_BYTES)
             .spawn(move || {
-                let entered = enter(&network, root);
+                let entered = enter(&network, &root);
                 let goes_on = entered.is_ok();
                 if told.send(entered).is_ok() && goes_on {
                     // Ends when the other end is dropped; nothing is ever sent.
@@ -119,12 +119,12 @@ impl Drop for Parked {
     }
 }
 
-fn enter(network: &Network, root: OwnedFd) -> Result<(u32, OwnedFd), ParkError> {
+fn enter(network: &Network, root: &OwnedFd) -> Result<(u32, OwnedFd), ParkError> {
     // The root and working directory are the process's until then.
     unshare(CloneFlags::CLONE_FS).map_err(step("have a root directory of its own"))?;
     match network {
         Network::New => {
-            unshare(CloneFlags::CLONE_NEWNET).map_err(step("make a network namespace"))?
+            unshare(CloneFlags::CLONE_NEWNET).map_err(step("make a network namespace"))?;
         }
         Network::Path(path) => {
             let failed = |cause: io::Error| ParkError::Network {
@@ -137,7 +137,7 @@ fn enter(network: &Network, root: OwnedFd) -> Result<(u32, OwnedFd), ParkError> 
     }
     let netns = open_namespace(Path::new("/proc/thread-self/ns/net"))
         .map_err(step("open its network namespace"))?;
-    rustix::process::fchdir(&root).map_err(step("enter the root file system"))?;
+    rustix::process::fchdir(root).map_err(step("enter the root file system"))?;
     rustix::process::chroot(".").map_err(step("make the container's root its own"))?;
     let tid = rustix::thread::gettid().as_raw_nonzero().get();
     Ok((tid.unsigned_abs(), netns))

@@ -175,6 +175,11 @@ impl Vm {
         machine::kill(&self.process.pidfd);
     }
 
+    /// Tells it to end in good order; its end is told by [`Vm::ended`].
+    pub fn stop(&self) {
+        machine::stop(&self.process.pidfd);
+    }
+
     /// Waits for its end.
     pub async fn ended(&self) -> Arc<Ended> {
         self.process.ended().await

@@ -17,6 +17,8 @@ mod rootfs;
 
 pub use rootfs::{Mount, Root, RootError};
 
+use crate::spec::Volume;
+
 use capsid_owner::mounts::{
     MountAttrFlags, Propagation, attach, clone_tree, enter_private_namespace, make_directory, put,
     set_attributes, set_propagation, tmpfs,
@@ -76,17 +78,6 @@ pub enum ShareError {
 
 fn step(what: &'static str) -> impl FnOnce(io::Error) -> ShareError {
     move |cause| ShareError::Mount { what, cause }
-}
-
-/// A bind mount of a container.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Volume {
-    /// A directory or a regular file of the host.
-    pub source: PathBuf,
-    /// Nobody may write it through this mount, nor through those below it.
-    pub read_only: bool,
-    /// What is mounted below the source comes along.
-    pub recursive: bool,
 }
 
 /// What a container adds to the tree.
