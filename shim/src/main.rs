@@ -1,3 +1,7 @@
 //! `containerd-shim-capsid-v2`. See the library.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    capsid_shim::main()
+}
