@@ -138,6 +138,11 @@ pub fn translate(spec: &Spec, context: &Context<'_>) -> Result<GuestSpec, Refusa
     // Mounts of the guest are private: nothing that is mounted in it can appear on the host.
     linux.set_rootfs_propagation(None);
     let hostname = take_hostname(&mut spec, joined.shared.uts, context.role)?;
+    if let Some(mut process) = spec.process().clone() {
+        // Numbers of CPUs of the host.
+        process.set_exec_cpu_affinity(None);
+        spec.set_process(Some(process));
+    }
     let mounts = spec.mounts().clone().unwrap_or_default();
     let mut guest = GuestSpec {
         json: Vec::new(),
@@ -231,3 +236,11 @@ fn to_json(object: &impl Serialize) -> Result<Vec<u8>, Refusal> {
     }
     Ok(json)
 }
+
+#[cfg(test)]
+mod engines;
+#[cfg(test)]
+mod properties;
+#[cfg(test)]
+#[path = "spec_tests.rs"]
+mod tests;

@@ -65,3 +65,37 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
         .read_to_end(&mut bytes)?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::engines;
+    use super::*;
+
+    #[test]
+    fn a_config_that_is_missing_broken_or_huge_is_named() {
+        let directory =
+            std::env::temp_dir().join(format!("capsid-shim-spec-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).expect("made");
+        let missing = read(&directory.join("none")).expect_err("missing");
+        assert!(missing.to_string().starts_with("cannot read"));
+        let path = directory.join("config.json");
+        let said = |bytes: &[u8]| {
+            std::fs::write(&path, bytes).expect("written");
+            read(&directory).expect_err("refused").to_string()
+        };
+        assert!(said(b"").ends_with("is not a valid OCI runtime spec"));
+        assert!(said("[".repeat(100_000).as_bytes()).ends_with("is not a valid OCI runtime spec"));
+        assert!(said(&vec![b' '; SPEC_MAX_BYTES + 1]).ends_with("is longer than 2097152 bytes"));
+        std::fs::write(&path, engines::ctr().to_string()).expect("written");
+        let good = read(&directory);
+        std::fs::remove_file(&path).expect("removed");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o600.into()).expect("a pipe");
+        let pipe = read(&directory);
+        std::fs::remove_dir_all(&directory).expect("removed");
+        assert_eq!(good.expect("a spec").version(), "1.2.0");
+        assert!(
+            matches!(pipe, Err(ReadError::Read { .. })),
+            "a pipe does not hold us"
+        );
+    }
+}
