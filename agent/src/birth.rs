@@ -1,6 +1,7 @@
 //! From a checked spec to a process: its files, its descriptors, the runtime process's order, and what its report
 //! means. Blocking; runs on blocking threads.
 
+use crate::cgroup::Cgroup;
 use crate::container::{Container, Directories};
 use crate::error::{Result, SandboxError, io_error};
 use crate::last_words;
@@ -11,6 +12,7 @@ use crate::spec::{self, ContainerSpec, ProcessFacts, ProcessSpec};
 use crate::stdio::{self, HostStreams, ProcessEnds};
 use capsid_protocol::exec_error::ExecError;
 use std::io::{self, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
@@ -47,14 +49,21 @@ fn stdio_of(facts: ProcessFacts, streams: HostStreams) -> io::Result<(ProcessEnd
     Ok((ends, Stdio::Pipes(agent)))
 }
 
+/// The init of a container, born into a pid namespace of its own or into that of `shared`.
 pub(crate) fn launch_init(
     launcher: &Launcher,
-    directories: &Directories,
-    id: &str,
+    (id, directories): (&str, &Directories),
     mut checked: ContainerSpec,
+    shared: Option<&Container>,
     streams: HostStreams,
 ) -> Result<(Launched, Stdio)> {
     let bundle = &directories.bundle;
+    let namespace = shared.map(pid_namespace).transpose()?;
+    if let Some(namespace) = &namespace {
+        // libcontainer joins by a path: this one names the namespace itself, as long as it is open here.
+        let (agent, fd) = (std::process::id(), namespace.as_raw_fd());
+        checked.join_pid_namespace(format!("/proc/{agent}/fd/{fd}").into());
+    }
     if let (true, Some(process)) = (checked.process.needs_home, checked.spec.process_mut()) {
         spec::set_home(process, &home_of(&checked.root, checked.process.uid));
     }
@@ -77,15 +86,48 @@ pub(crate) fn launch_init(
     Ok((launched, stdio))
 }
 
+/// The pid namespace of a container that has not ended.
+fn pid_namespace(of: &Container) -> Result<OwnedFd> {
+    let ended = || {
+        let why = format!("pid_namespace_of: container {} has ended", of.id);
+        Err(SandboxError::Wrong(why))
+    };
+    let path = format!("/proc/{}/ns/pid", of.init.pid);
+    let opened = match std::fs::File::open(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return ended(),
+        result => result.map_err(io_error("opening the pid namespace to share"))?,
+    };
+    // Not ended after the look: until now the pid has meant no other process.
+    match of.init.runs() {
+        true => Ok(opened.into()),
+        false => ended(),
+    }
+}
+
+/// The pause process of a pod, in a cgroup that is made for it. Its streams end here: nobody reads and nobody writes.
+pub(crate) fn launch_pause(
+    launcher: &Launcher,
+    cgroup: &Cgroup,
+    streams: HostStreams,
+) -> Result<(Launched, Stdio)> {
+    streams.end();
+    cgroup.make()?;
+    let cgroup = cgroup.directory()?;
+    let ends = stdio::nulls().map_err(io_error("making its descriptors"))?;
+    let launched = launcher.launch(&Order::Pause, &ends, &[&cgroup]);
+    let launched = launched.map_err(launch_error)?;
+    Ok((launched, Stdio::Pipes(stdio::AgentEnds::default())))
+}
+
 pub(crate) fn launch_exec(
     launcher: &Launcher,
-    container: &Container,
+    (container, root): (&Container, &Path),
     exec_id: &str,
     mut checked: ProcessSpec,
     streams: HostStreams,
 ) -> Result<(Launched, Stdio)> {
     if checked.facts.needs_home {
-        let home = home_of(&container.root, checked.facts.uid);
+        let home = home_of(root, checked.facts.uid);
         spec::set_home(&mut checked.process, &home);
     }
     let bundle = container.directories.bundle.clone();

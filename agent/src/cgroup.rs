@@ -70,6 +70,19 @@ impl Cgroup {
         }
     }
 
+    /// Makes it, with the controllers that its parents give on.
+    ///
+    /// # Errors
+    /// It is there already, or there is no cgroup2.
+    pub fn make(&self) -> Result<(), CgroupError> {
+        let parent = self.path.parent().unwrap_or(&self.root);
+        match fs::create_dir(parent) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+            result => result.map_err(failed("making", parent.into()))?,
+        }
+        fs::create_dir(&self.path).map_err(failed("making", self.path.clone()))
+    }
+
     /// How many processes the OOM killer has taken; 0 without a memory controller.
     ///
     /// # Errors

@@ -73,8 +73,8 @@ enum Exec {
 pub struct Container {
     /// Its id.
     pub id: String,
-    /// Its root file system.
-    pub root: PathBuf,
+    /// Its root file system; the pause container has none.
+    pub root: Option<PathBuf>,
     /// Its limits and figures.
     pub cgroup: Cgroup,
     /// Its directories.
@@ -83,7 +83,7 @@ pub struct Container {
     pub init: Process,
     /// Watches for OOM kills.
     pub oom: OomWatch,
-    /// On which the init says how its start went; taken by Start.
+    /// On which the init says how its start went; taken by Start. The pause container has said it already.
     report: Mutex<Option<OwnedFd>>,
     state: Mutex<State>,
     execs: Mutex<HashMap<String, Exec>>,
@@ -96,9 +96,9 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Container {
     /// A container just created.
     pub fn new(
-        (id, root): (String, PathBuf),
+        (id, root): (String, Option<PathBuf>),
         (cgroup, directories): (Cgroup, Directories),
-        (init, report): (Process, OwnedFd),
+        (init, report): (Process, Option<OwnedFd>),
         oom: OomWatch,
     ) -> Container {
         Container {
@@ -108,7 +108,7 @@ impl Container {
             directories,
             init,
             oom,
-            report: Mutex::new(Some(report)),
+            report: Mutex::new(report),
             state: Mutex::new(State::Created),
             execs: Mutex::default(),
         }

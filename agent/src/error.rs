@@ -6,6 +6,7 @@ use crate::hotplug::HotplugError;
 use crate::launch::LaunchError;
 use crate::pending::NoSuchStream;
 use crate::share::ShareError;
+use crate::shm::ShmError;
 use crate::spec::BadSpec;
 use crate::state::Refusal;
 use capsid_protocol::exec_error::ExecError;
@@ -41,6 +42,8 @@ pub enum SandboxError {
     NoStream(#[from] NoSuchStream),
     #[error(transparent)]
     Share(#[from] ShareError),
+    #[error(transparent)]
+    Shm(#[from] ShmError),
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     #[error(transparent)]

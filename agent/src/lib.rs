@@ -3,6 +3,18 @@
 //!
 //! It trusts its host and its kernel, and no container: images, their processes and all they can reach
 //! are hostile. It opens no connection but that one and hears nobody but the host.
+//!
+//! The containers of a pod share its network, its IPC objects and its host name, which are the guest's own and so the agent's. What
+//! that puts within the reach of a container, also of one with CAP_SYS_ADMIN and CAP_NET_ADMIN in it:
+//!
+//! - Sockets by name: the agent has none. Its two doors are vsock, which no network namespace holds; each checks that its
+//!   peer is the host. Sockets between it and its runtime process have no name, those of libcontainer are files of the agent's mount
+//!   namespace, which no container is in.
+//! - Uevents, which a container can send in any network namespace: each costs the agent one more look (`hotplug.rs`).
+//! - Interfaces, routes and the host name: the pod's, the agent uses none of them. SysV and POSIX IPC: the agent has none.
+//! - Its pid and its mount namespace are shared with nobody: a spec that asks for that is refused (`spec.rs`).
+//! - Its cgroup namespace, by a spec that lists none (privileged containers): who may mount cgroup2 there and write it can stop the
+//!   agent, and with it this guest. So can whoever may load a module or write /dev/mem: a privileged container is root in its own VM.
 
 mod birth;
 pub mod boot;
@@ -24,6 +36,7 @@ pub mod runtime;
 pub mod sandbox;
 pub mod server;
 pub mod share;
+pub mod shm;
 pub mod spec;
 pub mod state;
 pub mod stdio;

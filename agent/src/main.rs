@@ -1,5 +1,5 @@
-//! `capsid-agent`: PID 1 of the guest; with `oci-runtime`, the agent's runtime process; with `serve`, the
-//! same service in an ordinary root process over unix sockets (how it is tested without a VM).
+//! `capsid-agent`: PID 1 of the guest; with `oci-runtime`, the agent's runtime process; with `pause`, the pause
+//! process of a pod; with `serve`, the same service in an ordinary root process over unix sockets (how it is tested without a VM).
 
 use capsid_agent::sandbox::Places;
 use capsid_agent::transport::Doors;
@@ -13,6 +13,9 @@ fn main() -> ExitCode {
     let first = arguments.next();
     if first.as_deref() == Some(runtime::ARGUMENT.as_ref()) {
         return runtime::main();
+    }
+    if first.as_deref() == Some(runtime::pause::ARGUMENT.as_ref()) {
+        return runtime::pause::main();
     }
     last_words::on_panic();
     if std::process::id() == 1 {

@@ -32,6 +32,9 @@ impl Power {
             if let Ok(Err(e)) = synced.await {
                 last_words::warn(&format!("unmounting the share: {e}"));
             }
+            if let Err(e) = sandbox.shm.unmount() {
+                last_words::warn(&format!("unmounting the pod's shared memory: {e}"));
+            }
         })
         .await;
     }

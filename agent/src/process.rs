@@ -3,6 +3,8 @@
 //! Two ends are told apart: *exited* (the kernel reaped it: signals are refused from here on) and
 //! *finished* (its outputs were sent and closed as well: this is what Wait answers).
 
+use crate::cgroup::Cgroup;
+use crate::last_words;
 use crate::launch::Launched;
 use crate::reaper::Exit;
 use crate::runtime::message::{Report, TEXT_MAX_BYTES, reports};
@@ -105,11 +107,16 @@ fn set_size(terminal: impl AsFd, columns: u16, rows: u16) -> io::Result<()> {
 }
 
 impl Process {
-    /// Starts watching a new process: its exit, then the end of its outputs.
+    /// Starts watching a new process: its exit, then the end of its outputs. With its exit, but before that is told, `ends` is
+    /// killed.
     ///
     /// # Errors
     /// Its stdio cannot be polled; the process is killed then.
-    pub fn adopt(launched: Launched, stdio: Stdio) -> io::Result<(Process, OwnedFd)> {
+    pub fn adopt(
+        launched: Launched,
+        stdio: Stdio,
+        ends: Option<Cgroup>,
+    ) -> io::Result<(Process, OwnedFd)> {
         let started = stdio.start(launched.master).inspect_err(|_| {
             // ESRCH: it has ended by itself.
             let _ = pidfd_send_signal(&launched.pidfd, Signal::KILL);
@@ -122,6 +129,9 @@ impl Process {
         let supervisor = tokio::spawn(async move {
             // The reaper never drops a registration untold; if it did, nobody knows the status.
             let exit = exit.await.unwrap_or_else(|_| Exit::unknown());
+            if let Some(cgroup) = ends {
+                kill_rest(cgroup).await;
+            }
             tell_exited.send_replace(Some(exit));
             copies.finish().await;
             tell_finished.send_replace(Some(exit));
@@ -161,6 +171,17 @@ impl Process {
             let text = format!("the program was not executed within {EXECUTE_TIMEOUT_MS} ms");
             Err(Report::Failed(text))
         })
+    }
+
+    /// Whether it has not ended, as the kernel says it now.
+    pub fn runs(&self) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let now = Timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        matches!(poll(&mut fds, Some(&now)), Ok(0))
     }
 
     /// How it ended, if the kernel has reaped it.
@@ -204,6 +225,14 @@ impl Process {
             Some(terminal) => set_size(&*terminal, columns, rows).map(|()| true),
             None => Ok(false),
         }
+    }
+}
+
+/// Kills what a container's init leaves behind, where no pid namespace ends with it.
+async fn kill_rest(cgroup: Cgroup) {
+    let killed = tokio::task::spawn_blocking(move || cgroup.kill()).await;
+    if let Ok(Err(e)) = killed {
+        last_words::warn(&last_words::chain(&e));
     }
 }
 

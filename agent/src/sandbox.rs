@@ -2,12 +2,14 @@
 //! let go of every lock, then do the slow part on a blocking thread. Work that must not stop half-way
 //! runs in a task of its own, because ttrpc drops a call whose time is over.
 
-use crate::birth::{launch_exec, launch_init, not_executed, notify};
+mod create;
+
+use crate::birth::{launch_exec, not_executed, notify};
 use crate::cgroup::{Cgroup, CgroupError};
-use crate::container::{Container, Directories};
+use crate::container::Container;
 pub use crate::error::SandboxError;
 use crate::error::{Result, io_error};
-use crate::events::{Events, OomWatch};
+use crate::events::Events;
 use crate::figures;
 use crate::last_words::{self, chain};
 use crate::launch::Launcher;
@@ -16,10 +18,11 @@ pub use crate::pending::StreamIds;
 use crate::process::Process;
 use crate::reaper::{Exit, Reaper};
 use crate::share::Share;
-use crate::spec::{self, ContainerSpec};
+use crate::shm::Shm;
+use crate::spec;
 use crate::state::{Refusal, State, Verb};
-use crate::stdio::HostStreams;
 use capsid_protocol::machine::is_id;
+pub use create::Wish;
 use rustix::process::Signal;
 use std::collections::HashMap;
 use std::io;
@@ -84,6 +87,8 @@ pub struct Sandbox {
     pub events: Arc<Events>,
     /// The host's share.
     pub share: Share,
+    /// The pod's shared memory.
+    pub shm: Shm,
 }
 
 impl Sandbox {
@@ -94,6 +99,7 @@ impl Sandbox {
             launcher: Arc::new(Launcher::new(places.program.clone(), reaper)),
             launches: Arc::new(Semaphore::new(LAUNCHES_MAX_COUNT)),
             share: Share::at(places.share.clone()),
+            shm: Shm::below(&places.run),
             places,
             pending,
             events: Arc::default(),
@@ -117,88 +123,6 @@ impl Sandbox {
         }
     }
 
-    /// Creates a container up to, not including, its program.
-    ///
-    /// # Errors
-    /// A refused id or spec, a missing stream, or what the runtime process says; nothing is left then.
-    pub async fn create(self: &Arc<Self>, id: &str, json: &[u8], ids: StreamIds) -> Result<u32> {
-        let claim = self.pending.claim(ids);
-        if !is_id(id) {
-            return Err(SandboxError::BadId(bounded_id(id)));
-        }
-        let checked = spec::container(id, json)?;
-        let place = self.reserve(id)?;
-        self.share.mounted_for(&checked.root).await?;
-        let streams = claim.take().await?;
-        let sandbox = Arc::clone(self);
-        whole(async move {
-            let container = sandbox.create_reserved(&place, checked, streams).await?;
-            let pid = container.init.pid;
-            place.fill(container);
-            Ok(pid)
-        })
-        .await
-    }
-
-    fn reserve(self: &Arc<Self>, id: &str) -> Result<Place> {
-        let mut table = self.table();
-        if table.contains_key(id) {
-            return Err(SandboxError::Exists(format!("container {id}")));
-        }
-        if table.len() >= CONTAINERS_MAX_COUNT {
-            let why = format!("there are {CONTAINERS_MAX_COUNT} containers already");
-            return Err(SandboxError::Full(why));
-        }
-        table.insert(id.into(), Slot::Creating);
-        Ok(Place {
-            sandbox: Arc::clone(self),
-            id: id.into(),
-            filled: false,
-        })
-    }
-
-    async fn create_reserved(
-        &self,
-        place: &Place,
-        checked: ContainerSpec,
-        streams: HostStreams,
-    ) -> Result<Container> {
-        let _turn = self.launches.acquire().await;
-        let cgroup = Cgroup::of(&self.places.cgroup_root, &place.id);
-        let (id, root) = (place.id.clone(), checked.root.clone());
-        let (run, launcher) = (self.places.run.clone(), Arc::clone(&self.launcher));
-        let (made, cgroup_of) = (id.clone(), cgroup.clone());
-        let (launched, stdio, directories, memory_events) = blocking(move || {
-            // One that a dead agent left would be used again; as seen with Linux 6.12.107, whoever is born by
-            // CLONE_INTO_CGROUP into a cgroup that was once killed through cgroup.kill dies at once.
-            cgroup_of.remove()?;
-            let directories =
-                Directories::make(&run, &made).map_err(io_error("making its directories"))?;
-            let launched = launch_init(&launcher, &directories, &made, checked, streams);
-            let (launched, stdio) = launched.inspect_err(|_| clean(&cgroup_of))?;
-            let memory_events = cgroup_of
-                .memory_events()
-                .inspect_err(|_| clean(&cgroup_of))?;
-            Ok((launched, stdio, directories, memory_events))
-        })
-        .await?;
-        let init = match Process::adopt(launched, stdio) {
-            Ok(init) => init,
-            Err(cause) => {
-                blocking(move || {
-                    clean(&cgroup);
-                    Ok(())
-                })
-                .await?;
-                return Err(io_error("connecting its streams")(cause));
-            }
-        };
-        let events = Arc::clone(&self.events);
-        let oom = OomWatch::start(&id, cgroup.clone(), memory_events, events);
-        let places = (cgroup, directories);
-        Ok(Container::new((id, root), places, init, oom))
-    }
-
     /// Lets the init execute its program.
     ///
     /// # Errors
@@ -208,12 +132,11 @@ impl Sandbox {
         let container = self.container(id)?;
         container.advance(Verb::Start)?;
         whole(async move {
-            let report = container.take_report();
+            let Some(report) = container.take_report() else {
+                return Ok(()); // the pause process runs already: the table lets one Start through
+            };
             let socket = container.directories.notify_socket();
             blocking(move || notify(&socket).map_err(io_error("waking the init process"))).await?;
-            let Some(report) = report else {
-                return Ok(()); // the table lets one Start through
-            };
             match container.init.executed(report).await {
                 Ok(()) => Ok(()),
                 Err(why) => {
@@ -242,6 +165,10 @@ impl Sandbox {
             return Err(SandboxError::BadId(bounded_id(exec_id)));
         }
         let container = self.container(id)?;
+        let Some(root) = container.root.clone() else {
+            let why = "the pause container has no programs to execute";
+            return Err(SandboxError::Wrong(why.into()));
+        };
         let checked = spec::process(json)?;
         let place = container.reserve_exec(exec_id).map_err(|why| match why {
             Some(why) => SandboxError::Full(why),
@@ -255,8 +182,9 @@ impl Sandbox {
             let _turn = launches.acquire_owned().await;
             let of = Arc::clone(&container);
             let (launched, stdio) =
-                blocking(move || launch_exec(&launcher, &of, &exec_id, checked, streams)).await?;
-            let adopted = Process::adopt(launched, stdio);
+                blocking(move || launch_exec(&launcher, (&of, &root), &exec_id, checked, streams))
+                    .await?;
+            let adopted = Process::adopt(launched, stdio, None);
             let (process, report) = adopted.map_err(io_error("connecting its streams"))?;
             if let Err(why) = process.executed(report).await {
                 let _ = process.signal(Signal::KILL);
@@ -427,30 +355,6 @@ impl Sandbox {
         );
         if let Err(e) = killed.await {
             last_words::warn(&chain(&e));
-        }
-    }
-}
-
-/// A reserved container id: given back unless the container comes to be.
-#[derive(Debug)]
-struct Place {
-    sandbox: Arc<Sandbox>,
-    id: String,
-    filled: bool,
-}
-
-impl Place {
-    fn fill(mut self, container: Container) {
-        self.filled = true;
-        let there = Slot::There(Arc::new(container));
-        self.sandbox.table().insert(self.id.clone(), there);
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if !self.filled {
-            self.sandbox.table().remove(&self.id);
         }
     }
 }

@@ -4,7 +4,7 @@ use crate::cpus::{CPUS, Cpus, CpusError};
 use crate::hotplug::{HotplugError, PciBus};
 use crate::last_words::chain;
 use crate::power::Power;
-use crate::sandbox::{Sandbox, SandboxError, StreamIds};
+use crate::sandbox::{Sandbox, SandboxError, StreamIds, Wish};
 use crate::state::Refusal;
 use crate::system;
 use async_trait::async_trait;
@@ -67,6 +67,7 @@ fn code(error: &SandboxError) -> Code {
         SandboxError::NotStarted(_)
         | SandboxError::Cgroup(_)
         | SandboxError::Launch(_)
+        | SandboxError::Shm(_)
         | SandboxError::Hotplug(_)
         | SandboxError::Cpus(_)
         | SandboxError::Io { .. } => Code::INTERNAL,
@@ -156,14 +157,19 @@ impl api::Agent for Service {
         _: &TtrpcContext,
         request: api::CreateContainerRequest,
     ) -> Answer<api::CreateContainerResponse> {
-        if request.pause || !request.pid_namespace_of.is_empty() {
-            let text = "pause and pid_namespace_of are not served yet".to_owned();
-            let status = ttrpc::get_status(Code::UNIMPLEMENTED, text);
-            return Err(ttrpc::Error::RpcStatus(status));
-        }
         let ids = streams(request.stdio.as_ref());
-        let (id, json) = (&request.container_id, &request.spec_json);
-        let guest_pid = self.sandbox.create(id, json, ids).await?;
+        let of = Some(request.pid_namespace_of.as_str());
+        let wish = match request.pause {
+            true => Wish::Pause,
+            false => Wish::Program {
+                spec: &request.spec_json,
+                pid_namespace_of: of.filter(|of| !of.is_empty()),
+            },
+        };
+        let guest_pid = self
+            .sandbox
+            .create(&request.container_id, wish, ids)
+            .await?;
         Ok(api::CreateContainerResponse {
             guest_pid,
             ..Default::default()

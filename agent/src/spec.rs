@@ -7,8 +7,8 @@
 //! given means none, no oom_score_adj means 0 and not the agent's -1000.
 
 use oci_spec::runtime::{
-    Hooks, HooksBuilder, Linux, LinuxCapabilities, LinuxNamespaceType, LinuxResources, Mount,
-    Process, Spec,
+    Hooks, HooksBuilder, Linux, LinuxCapabilities, LinuxNamespace, LinuxNamespaceType,
+    LinuxResources, Mount, Process, Spec,
 };
 use std::path::{Component, Path, PathBuf};
 
@@ -76,6 +76,27 @@ pub struct ContainerSpec {
     pub own_network: bool,
 }
 
+impl ContainerSpec {
+    /// Whether it binds `source` somewhere.
+    pub fn binds(&self, source: &Path) -> bool {
+        let mut mounts = self.spec.mounts().iter().flatten();
+        mounts.any(|mount| mount.source().as_deref() == Some(source))
+    }
+
+    /// Has the container born into the pid namespace at `path`, in place of a new one.
+    pub fn join_pid_namespace(&mut self, path: PathBuf) {
+        let mut linux = self.spec.linux().clone().unwrap_or_default();
+        let mut namespaces = linux.namespaces().clone().unwrap_or_default();
+        namespaces.retain(|namespace| namespace.typ() != LinuxNamespaceType::Pid);
+        let mut shared = LinuxNamespace::default();
+        shared.set_typ(LinuxNamespaceType::Pid);
+        shared.set_path(Some(path));
+        namespaces.push(shared);
+        linux.set_namespaces(Some(namespaces));
+        self.spec.set_linux(Some(linux));
+    }
+}
+
 /// A process that the agent will start.
 #[derive(Debug)]
 pub struct ProcessSpec {
@@ -118,7 +139,7 @@ pub fn container(id: &str, json: &[u8]) -> Result<ContainerSpec, BadSpec> {
     spec.set_mounts(Some(with_dev(spec.mounts().clone().unwrap_or_default())));
     let linux = spec.linux().clone();
     let linux = guest_linux(id, linux.ok_or_else(|| refuse("linux", "missing"))?)?;
-    let own_network = namespace(&linux, LinuxNamespaceType::Network) == Some(true);
+    let own_network = has(&linux, LinuxNamespaceType::Network);
     let hooks = spec.hooks().as_ref().and_then(guest_hooks);
     spec.set_process(Some(checked.process));
     spec.set_linux(Some(linux));
@@ -335,18 +356,7 @@ fn plain_path(field: &'static str, path: &Path) -> Result<(), BadSpec> {
 }
 
 fn guest_linux(id: &str, mut linux: Linux) -> Result<Linux, BadSpec> {
-    if namespace(&linux, LinuxNamespaceType::Mount) != Some(true) {
-        return Err(refuse(
-            "linux.namespaces",
-            "a new mount namespace is required",
-        ));
-    }
-    if namespace(&linux, LinuxNamespaceType::User).is_some() {
-        return Err(refuse(
-            "linux.namespaces",
-            "user namespaces are not supported yet",
-        ));
-    }
+    check_namespaces(&linux)?;
     for (field, count) in [
         (
             "linux.maskedPaths",
@@ -376,12 +386,32 @@ fn guest_linux(id: &str, mut linux: Linux) -> Result<Linux, BadSpec> {
     Ok(linux)
 }
 
-/// `None`: not listed; `Some(true)`: a new one; `Some(false)`: joined by path.
-fn namespace(linux: &Linux, kind: LinuxNamespaceType) -> Option<bool> {
+/// New namespaces only: what is to be shared is shared with the pod by being left out, and a pid namespace is shared with
+/// a container that the request names. Mounts and processes of the agent are nobody's.
+fn check_namespaces(linux: &Linux) -> Result<(), BadSpec> {
+    let refused = |reason| Err(refuse("linux.namespaces", reason));
+    for namespace in linux.namespaces().iter().flatten() {
+        let path = namespace.path().as_ref();
+        if path.is_some_and(|path| !path.as_os_str().is_empty()) {
+            return refused("a namespace is not joined by a path");
+        }
+    }
+    if !has(linux, LinuxNamespaceType::Mount) {
+        return refused("a new mount namespace is required");
+    }
+    if !has(linux, LinuxNamespaceType::Pid) {
+        return refused("a new pid namespace is required");
+    }
+    if has(linux, LinuxNamespaceType::User) {
+        return refused("user namespaces are not supported yet");
+    }
+    Ok(())
+}
+
+/// Whether a namespace of this kind is listed.
+fn has(linux: &Linux, kind: LinuxNamespaceType) -> bool {
     let mut all = linux.namespaces().iter().flatten();
-    let found = all.find(|namespace| namespace.typ() == kind)?;
-    let path = found.path().as_ref();
-    Some(path.is_none_or(|path| path.as_os_str().is_empty()))
+    all.any(|namespace| namespace.typ() == kind)
 }
 
 /// Only createContainer and startContainer run in the guest; the others are the host's.

@@ -198,6 +198,39 @@ fn a_shared_mount_namespace_is_refused() {
 }
 
 #[test]
+fn a_namespace_joined_by_a_path_is_refused() {
+    let mut config = config();
+    for kind in ["network", "ipc", "uts", "pid", "mount", "cgroup"] {
+        config["linux"]["namespaces"] =
+            json!([{"type": "mount"}, {"type": "pid"}, {"type": kind, "path": "/proc/1/ns/x"}]);
+        assert_eq!(refused_field(&config), "linux.namespaces", "{kind}");
+    }
+}
+
+#[test]
+fn the_agents_pid_namespace_is_refused() {
+    let mut config = config();
+    config["linux"]["namespaces"] = json!([{"type": "mount"}]);
+    assert_eq!(refused_field(&config), "linux.namespaces");
+}
+
+#[test]
+fn a_shared_pid_namespace_is_in_the_place_of_a_new_one() {
+    let mut checked = check(&config()).expect("taken");
+    checked.join_pid_namespace("/proc/1/fd/7".into());
+    let linux = checked.spec.linux().clone().expect("linux");
+    let of_pid = |namespace: &&LinuxNamespace| namespace.typ() == LinuxNamespaceType::Pid;
+    let namespaces = linux.namespaces().clone().expect("namespaces");
+    let paths: Vec<_> = namespaces
+        .iter()
+        .filter(of_pid)
+        .map(|namespace| namespace.path().clone())
+        .collect();
+    assert_eq!(paths, [Some("/proc/1/fd/7".into())]);
+    assert_eq!(namespaces.len(), 3);
+}
+
+#[test]
 fn a_user_namespace_is_refused() {
     let mut config = config();
     config["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "user"}]);
@@ -232,10 +265,9 @@ fn deep_nesting_is_refused() {
 }
 
 #[test]
-fn a_joined_network_is_not_ours_to_bring_up() {
+fn a_shared_network_is_not_ours_to_bring_up() {
     let mut config = config();
-    config["linux"]["namespaces"] =
-        json!([{"type": "mount"}, {"type": "network", "path": "/proc/7/ns/net"}]);
+    config["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "pid"}]);
     assert!(!check(&config).expect("taken").own_network);
 }
 

@@ -34,6 +34,15 @@ pub struct HostStreams {
     pub stderr: Option<Stream>,
 }
 
+impl HostStreams {
+    /// Closes them, for a process that has none: the host reads end of file.
+    pub fn end(self) {
+        for output in self.stdout.iter().chain(&self.stderr) {
+            output.end_writing();
+        }
+    }
+}
+
 /// The process's ends: what becomes its descriptors 0, 1 and 2.
 #[derive(Debug)]
 pub struct ProcessEnds {

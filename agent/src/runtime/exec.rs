@@ -5,8 +5,8 @@
 //! again. Here the init is named by its pidfd, one setns(2) enters all its namespaces at once, and the
 //! child is born in the container's cgroup by clone3(2), so this runtime process itself is never charged to it.
 //! The parts that are right are libcontainer's: terminal, rlimits, seccomp, user, capabilities.
-#![allow(unsafe_code)] // clone3 into a cgroup has no safe wrapper
 
+use super::clone::clone_into;
 use super::create::receive_fd;
 use super::executor::ReportingExecutor;
 use super::message::Report;
@@ -20,11 +20,8 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockType, socketpair};
 use oci_spec::runtime::{LinuxNamespaceType, LinuxSeccomp, Process, Spec};
 use std::error::Error;
 use std::io;
-use std::os::fd::{AsRawFd, IntoRawFd, OwnedFd};
+use std::os::fd::{IntoRawFd, OwnedFd};
 use std::path::Path;
-
-/// include/uapi/linux/sched.h; libc's constant of that name is cut to 32 bits.
-const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
 /// What the child needs, all read before the container's files are in sight.
 struct Plan {
@@ -76,7 +73,7 @@ pub(super) fn exec(
     nix::sys::prctl::set_dumpable(false).map_err(|e| io_error("becoming undumpable")(e.into()))?;
     setns(&init, namespaces - CloneFlags::CLONE_NEWCGROUP)
         .map_err(|e| io_error("entering the container's namespaces")(e.into()))?;
-    let pid = clone_into([&cgroup, &init_cgroup], plan)
+    let pid = start_in([&cgroup, &init_cgroup], plan)
         .map_err(io_error("starting a process in the container"))?;
     if let Some(socket) = master_side {
         wait_readable(&socket).map_err(io_error("waiting for the terminal"))?;
@@ -129,30 +126,15 @@ fn namespaces(spec: &Spec) -> CloneFlags {
 
 /// Starts the child in the container's cgroup or, where that has given its controllers on to cgroups that the
 /// container made, in the one of the container's init, as runc does.
-fn clone_into([cgroup, init_cgroup]: [&OwnedFd; 2], plan: Plan) -> io::Result<i32> {
-    let born = match clone_into_one(cgroup) {
-        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => clone_into_one(init_cgroup),
+fn start_in([cgroup, init_cgroup]: [&OwnedFd; 2], plan: Plan) -> io::Result<i32> {
+    let same = CloneFlags::empty();
+    let born = match clone_into(cgroup, same) {
+        Err(e) if e.raw_os_error() == Some(libc::EBUSY) => clone_into(init_cgroup, same),
         result => result,
     };
     match born? {
         0 => std::process::exit(child(plan)),
         pid => Ok(pid),
-    }
-}
-
-/// clone3(2) with CLONE_INTO_CGROUP: the child never runs outside the container's limits. 0 in the child.
-fn clone_into_one(cgroup: &OwnedFd) -> io::Result<i32> {
-    // SAFETY: an all-zero clone_args is a valid value of that plain C struct and means "as fork(2)".
-    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = CLONE_INTO_CGROUP;
-    args.exit_signal = libc::SIGCHLD as u64;
-    args.cgroup = cgroup.as_raw_fd() as u64;
-    let size = std::mem::size_of_val(&args);
-    // SAFETY: no CLONE_VM and no stack: like fork(2), the child continues here on a copy of everything.
-    // This process has one thread, so no lock can be held by a thread that the child lacks.
-    match unsafe { libc::syscall(libc::SYS_clone3, &raw const args, size) } {
-        -1 => Err(io::Error::last_os_error()),
-        pid => i32::try_from(pid).map_err(io::Error::other),
     }
 }
 

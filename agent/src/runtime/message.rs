@@ -39,6 +39,8 @@ pub enum Order {
         /// The checked OCI process, a JSON file.
         process: PathBuf,
     },
+    /// Make the pause process; its cgroup's directory comes, too.
+    Pause,
 }
 
 /// What the runtime process answers, in this order.

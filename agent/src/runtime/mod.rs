@@ -6,10 +6,12 @@
 //! as an orphan. Until the agent has acknowledged the pid the runtime process stays the parent, so that neither an
 //! early exit nor the pid can be lost.
 
+mod clone;
 mod create;
 mod exec;
 mod executor;
 pub mod message;
+pub mod pause;
 
 use message::{Answer, Order, bounded};
 use std::io;
@@ -84,6 +86,9 @@ fn obey() -> io::Result<()> {
         }),
         Order::Exec { bundle, process } => process_fds(&mut fds)
             .and_then(|process_fds| exec::exec(&agent, &bundle, &process, process_fds, fds)),
+        Order::Pause => {
+            process_fds(&mut fds).and_then(|process_fds| pause::pause(process_fds, fds.pop()))
+        }
     };
     match done {
         Ok(pid) => {

@@ -207,13 +207,24 @@ impl Guest {
 
     /// Creates a container with pipes.
     pub(crate) fn create(&self, id: &str, spec: &Value) -> ttrpc::Result<Running> {
+        self.create_with(id, spec, |_| {})
+    }
+
+    /// The same, with what `change` makes of the request.
+    pub(crate) fn create_with(
+        &self,
+        id: &str,
+        spec: &Value,
+        change: impl FnOnce(&mut CreateContainerRequest),
+    ) -> ttrpc::Result<Running> {
         let (stdio, stdin, stdout, stderr) = self.streams();
-        let request = CreateContainerRequest {
+        let mut request = CreateContainerRequest {
             container_id: id.into(),
             spec_json: spec.to_string().into_bytes(),
             stdio: Some(stdio).into(),
             ..Default::default()
         };
+        change(&mut request);
         self.client().create_container(context(), &request)?;
         Ok(Running::new(id, "", stdin, stdout, stderr))
     }

@@ -2,6 +2,7 @@
 
 mod guest;
 mod limits;
+mod pods;
 mod process;
 mod refusals;
 mod security;
