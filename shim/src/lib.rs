@@ -7,6 +7,7 @@ pub mod cgroup;
 pub mod child;
 pub mod config;
 pub mod delete;
+pub mod events;
 pub mod group;
 pub mod hooks;
 pub mod info;
