@@ -139,6 +139,7 @@ impl api::Agent for Service {
         let called_ns = system::boottime_ns();
         system::set_hostname(&request.hostname).map_err(|e| invalid(chain(&e)))?;
         system::set_realtime(request.realtime_ns).map_err(|e| invalid(chain(&e)))?;
+        system::set_sysctls(&request.sysctls).map_err(|e| invalid(chain(&e)))?;
         let sandbox = Arc::clone(&self.sandbox);
         tokio::spawn(async move { sandbox.share.mount_early().await });
         Ok(api::StartSandboxResponse {

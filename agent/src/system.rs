@@ -2,9 +2,22 @@
 
 use rustix::time::{ClockId, Timespec, clock_gettime, clock_settime};
 use std::io;
+use std::path::PathBuf;
 
 /// Longest hostname in bytes (HOST_NAME_MAX).
 const HOSTNAME_MAX_BYTES: usize = 64;
+
+/// Parameters below kernel. that an ipc namespace has (ipc/ipc_sysctl.c).
+const IPC_SYSCTLS: [&str; 8] = [
+    "msgmax",
+    "msgmnb",
+    "msgmni",
+    "sem",
+    "shmall",
+    "shmmax",
+    "shmmni",
+    "shm_rmid_forced",
+];
 
 /// Why the guest does not take what the host says of it.
 #[derive(Debug, thiserror::Error)]
@@ -15,6 +28,20 @@ pub enum SystemError {
     /// The name.
     #[error("setting the hostname")]
     Hostname(#[source] io::Error),
+    /// A kernel parameter that is none of the pod's.
+    #[error("kernel parameter {0:?}: only those of the pod's network and ipc namespaces are set")]
+    BadSysctl(String),
+    /// A kernel parameter that the kernel does not take.
+    #[error("setting the kernel parameter {name} to {value:?}")]
+    Sysctl {
+        /// Which.
+        name: String,
+        /// What.
+        value: String,
+        /// errno.
+        #[source]
+        cause: io::Error,
+    },
     /// The clock.
     #[error("setting the clock to {ns} ns")]
     Clock {
@@ -46,6 +73,43 @@ pub fn set_hostname(name: &str) -> Result<(), SystemError> {
         return Err(SystemError::BadHostname);
     }
     rustix::system::sethostname(name.as_bytes()).map_err(|e| SystemError::Hostname(e.into()))
+}
+
+/// Sets kernel parameters of the namespaces that are the agent's and the pod's.
+///
+/// # Errors
+/// One of another namespace, or that the kernel does not take; those before it are set.
+pub fn set_sysctls<'a>(
+    sysctls: impl IntoIterator<Item = (&'a String, &'a String)>,
+) -> Result<(), SystemError> {
+    for (name, value) in sysctls {
+        let Some(path) = sysctl_path(name) else {
+            let shown = name.chars().take(64).collect();
+            return Err(SystemError::BadSysctl(shown));
+        };
+        std::fs::write(path, value).map_err(|cause| SystemError::Sysctl {
+            name: name.clone(),
+            value: value.chars().take(64).collect(),
+            cause,
+        })?;
+    }
+    Ok(())
+}
+
+/// The file of a parameter of the network or ipc namespace (sysctl(8): dots separate as slashes do).
+fn sysctl_path(name: &str) -> Option<PathBuf> {
+    let parts: Vec<&str> = name.split(['.', '/']).collect();
+    let sound = parts.iter().all(|part| !part.is_empty());
+    let of_pod = match parts.as_slice() {
+        ["net", _, ..] | ["fs", "mqueue", _, ..] => true,
+        ["kernel", parameter] => IPC_SYSCTLS.contains(parameter),
+        _ => false,
+    };
+    (sound && of_pod).then(|| {
+        parts
+            .iter()
+            .fold("/proc/sys".into(), |path: PathBuf, part| path.join(part))
+    })
 }
 
 fn is_hostname(name: &str) -> bool {
@@ -93,6 +157,24 @@ pub fn memory_total_bytes() -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_parameters_of_the_pod_s_namespaces_have_a_file() {
+        let path = sysctl_path("net.ipv4.ip_forward").expect("the pod's");
+        assert_eq!(path, PathBuf::from("/proc/sys/net/ipv4/ip_forward"));
+        assert!(sysctl_path("kernel.shmmax").is_some());
+        for name in [
+            "kernel.panic",
+            "vm.swappiness",
+            "net",
+            "net..x",
+            "net./etc",
+            "kernel.sem/..",
+            "fs.file-max",
+        ] {
+            assert_eq!(sysctl_path(name), None, "{name}");
+        }
+    }
 
     #[test]
     fn a_pod_name_is_a_hostname() {

@@ -9,6 +9,7 @@ use capsid_protocol::agent::{
     StartSandboxResponse, StatsResponse, Stdio, UpdateRequest,
 };
 use capsid_protocol::exec_error::ExecError;
+use std::collections::BTreeMap;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use ttrpc::r#async::transport::Socket;
@@ -100,11 +101,16 @@ impl Agent {
         Ok(Agent(AgentClient::new(client)))
     }
 
-    /// The first call: the host's time and name go in, the guest's facts come out.
-    pub async fn start_sandbox(&self, hostname: &str) -> Answer<StartSandboxResponse> {
+    /// The first call: the host's time, the pod's name and kernel parameters go in, the guest's facts come out.
+    pub async fn start_sandbox(
+        &self,
+        hostname: &str,
+        sysctls: &BTreeMap<String, String>,
+    ) -> Answer<StartSandboxResponse> {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH);
         let request = StartSandboxRequest {
             hostname: hostname.to_owned(),
+            sysctls: sysctls.clone().into_iter().collect(),
             // A host clock before 1970 or after 2554 leaves the guest's alone.
             realtime_ns: since_epoch
                 .ok()

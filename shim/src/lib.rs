@@ -6,21 +6,30 @@ pub mod bootstrap;
 pub mod cgroup;
 pub mod child;
 pub mod config;
+pub mod container;
 pub mod delete;
+pub mod error;
 pub mod events;
 pub mod group;
 pub mod hooks;
 pub mod info;
 pub mod launch;
+pub mod link;
 pub mod log;
 pub mod parked;
+pub mod pod;
 pub mod polled;
+pub mod process;
+pub mod record;
 pub mod serve;
+pub mod service;
 pub mod share;
 pub mod sizing;
 pub mod socket;
 pub mod spec;
 pub mod start;
+pub mod state;
+pub mod stats;
 pub mod stdio;
 #[cfg(test)]
 mod testing;
@@ -69,7 +78,6 @@ fn serve(flags: &Flags) -> ExitCode {
         socket_path,
         ttrpc_address: request.ttrpc_address,
         options: request.options,
-        debug: request.debug,
     })
 }
 

@@ -11,6 +11,7 @@ use capsid_owner::machine::{self, Parts, STDERR_MAX_BYTES, StartError, Started};
 use capsid_protocol::agent::StartSandboxResponse;
 use capsid_protocol::report::REPORT_MAX_BYTES;
 use capsid_protocol::vsock::{AGENT_RPC_PORT, AGENT_STREAM_PORT, StreamHeader};
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -112,7 +113,7 @@ impl Vm {
     pub async fn boot(
         parts: Parts,
         limit: Duration,
-        hostname: &str,
+        (hostname, sysctls): (&str, &BTreeMap<String, String>),
     ) -> Result<(Vm, StartSandboxResponse), BootError> {
         let started = tokio::task::spawn_blocking(move || machine::start(parts));
         let started = started.await.unwrap_or_else(|error| {
@@ -144,7 +145,7 @@ impl Vm {
             process,
             streams: AtomicU64::new(1),
         };
-        match vm.agent.start_sandbox(hostname).await {
+        match vm.agent.start_sandbox(hostname, sysctls).await {
             Ok(guest) => Ok((vm, guest)),
             Err(error @ AgentError::Lost { .. }) => Err(vm.explain(error).await),
             Err(error) => Err(error.into()),

@@ -1,0 +1,232 @@
+//! Create: a container is made on the host, and in the guest if its VM runs or its network is there.
+
+use super::{CONTAINERS_MAX, Pod, Slot, Wished, locked};
+use crate::cgroup::{CgroupError, Hierarchy, Room};
+use crate::container::{Container, Described, Made};
+use crate::error::{TaskError, chain, internal, invalid, refuse, shown};
+use crate::events::Event;
+use crate::group::{self, Group};
+use crate::hooks::Status;
+use crate::link;
+use crate::parked::{self, Parked};
+use crate::process::Streams;
+use crate::record::TaskRecord;
+use crate::share::{Mount, Placement, Root};
+use crate::sizing::{self, Host};
+use crate::spec::{self, Context, GuestSpec, Network, Role};
+use containerd_shim_protos::events::task::{TaskCreate, TaskIO};
+use containerd_shim_protos::types::mount::Mount as ApiMount;
+use oci_spec::runtime::Spec;
+use std::path::PathBuf;
+use std::sync::Arc;
+use ttrpc::Code;
+
+/// What containerd wants created.
+#[derive(Clone, Debug)]
+pub struct Creation {
+    /// The container's id.
+    pub id: String,
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its root file system; empty: what the spec's root is.
+    pub rootfs: Vec<ApiMount>,
+    /// Its streams.
+    pub streams: Streams,
+}
+
+/// A reserved id: given back unless the container comes to be.
+struct Reserved {
+    pod: Arc<Pod>,
+    id: String,
+    filled: bool,
+}
+
+impl Reserved {
+    fn fill(mut self, container: &Arc<Container>) {
+        self.filled = true;
+        let there = Slot::There(Arc::clone(container));
+        locked(&self.pod.containers).insert(self.id.clone(), there);
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if !self.filled {
+            locked(&self.pod.containers).remove(&self.id);
+        }
+    }
+}
+
+impl Pod {
+    /// Creates a container; the task's pid.
+    ///
+    /// # Errors
+    /// The id is taken, the spec or the root file system is refused, a hook fails, the VM does not boot. Nothing is left then.
+    pub async fn create(self: &Arc<Self>, creation: Creation) -> Result<u32, TaskError> {
+        let reserved = self.reserve(&creation.id)?;
+        let container = Arc::new(self.make(&creation).await?);
+        let made = self.finish(&container).await;
+        if let Err(error) = made {
+            container.release();
+            self.run_stop_hooks(&container).await;
+            drop(reserved);
+            self.end_vm_if_empty().await;
+            return Err(error);
+        }
+        reserved.fill(&container);
+        self.events
+            .publish(Event::Create(created(&creation, container.pid)));
+        Ok(container.pid)
+    }
+
+    fn reserve(self: &Arc<Self>, id: &str) -> Result<Reserved, TaskError> {
+        if !capsid_protocol::machine::is_id(id) {
+            let text = format!(
+                "container id {}: Capsid takes 1 to 64 characters of A-Z, a-z, 0-9, '_', '.' and '-'",
+                shown(id)
+            );
+            return Err(refuse(Code::INVALID_ARGUMENT, text));
+        }
+        let mut containers = locked(&self.containers);
+        if containers.contains_key(id) {
+            let text = format!("container {id} already exists");
+            return Err(refuse(Code::ALREADY_EXISTS, text));
+        }
+        if containers.len() >= CONTAINERS_MAX {
+            let text = format!("the pod has {CONTAINERS_MAX} containers already");
+            return Err(refuse(Code::RESOURCE_EXHAUSTED, text));
+        }
+        containers.insert(id.to_owned(), Slot::Creating);
+        Ok(Reserved {
+            pod: Arc::clone(self),
+            id: id.to_owned(),
+            filled: false,
+        })
+    }
+
+    /// On the host: files, pid, network namespace.
+    async fn make(&self, creation: &Creation) -> Result<Container, TaskError> {
+        let spec = spec::read(&creation.bundle).map_err(|error| invalid(&error))?;
+        let annotations = spec.annotations().clone().unwrap_or_default();
+        let group = group::of(&creation.id, &annotations).map_err(|error| invalid(&error))?;
+        let is_pause = group == Group::Sandbox;
+        let context = Context {
+            id: &creation.id,
+            bundle: &creation.bundle,
+            role: role(&group),
+        };
+        let guest = spec::translate(&spec, &context).map_err(|error| invalid(&error))?;
+        self.wish(&spec, context.role, &guest)?;
+        let placement = Placement {
+            id: creation.id.clone(),
+            root: root(creation, &guest, is_pause),
+            volumes: guest.volumes.clone(),
+        };
+        let placed = self.tree().await?.add(placement).await;
+        let mut placed = placed.map_err(|error| internal(&error))?;
+        let root = placed
+            .take_root()
+            .ok_or_else(|| refuse(Code::INTERNAL, "the root file system was taken already"))?;
+        let network = match &guest.network {
+            Network::New => parked::Network::New,
+            Network::Path(path) => parked::Network::Path(path.clone()),
+        };
+        let parked = Parked::start(network, root).await;
+        let parked = parked.map_err(|error| internal(&error))?;
+        Ok(Container::new(Made {
+            id: creation.id.clone(),
+            bundle: creation.bundle.clone(),
+            is_pause,
+            streams: creation.streams.clone(),
+            described: Described {
+                oci_version: spec.version().clone(),
+                annotations,
+            },
+            guest,
+            placed,
+            parked,
+        }))
+    }
+
+    /// Hooks, and the guest if it is time for it.
+    async fn finish(self: &Arc<Self>, container: &Arc<Container>) -> Result<(), TaskError> {
+        let record = TaskRecord { pid: container.pid }.write(&container.bundle);
+        record.map_err(|cause| {
+            let text = format!("writing what `delete` needs into the bundle: {cause}");
+            refuse(Code::INTERNAL, text)
+        })?;
+        let hooks = Pod::run_hooks(container, &container.hooks.create, Status::Creating).await;
+        hooks.map_err(|error| internal(&error))?;
+        let runs = self.machine.lock().await.is_some();
+        if runs || link::any(container.pid).map_err(|error| internal(&error))? {
+            self.made_in_guest(container).await?;
+        }
+        Ok(())
+    }
+
+    /// The first container of a pod says what its VM is like and where it belongs.
+    fn wish(&self, spec: &Spec, role: Role<'_>, guest: &GuestSpec) -> Result<(), TaskError> {
+        let mut wished = locked(&self.wished);
+        if wished.is_some() {
+            return Ok(());
+        }
+        let limited = |error: &CgroupError| refuse(Code::FAILED_PRECONDITION, chain(error));
+        let mut room = Room::default();
+        if let Some(place) = &guest.cgroup {
+            let hierarchy = Hierarchy::find().map_err(|error| limited(&error))?;
+            room = hierarchy.room(place).map_err(|error| limited(&error))?;
+        }
+        let size = sizing::size(spec, role, &room, &Host::read(), self.config()?);
+        let size = size.map_err(|error| refuse(Code::RESOURCE_EXHAUSTED, chain(&error)))?;
+        *wished = Some(Wished {
+            size,
+            hostname: guest.hostname.clone().unwrap_or_default(),
+            sysctls: guest.sysctls.clone(),
+            cgroup: guest.cgroup.clone(),
+        });
+        Ok(())
+    }
+}
+
+fn role(group: &Group) -> Role<'_> {
+    match group {
+        Group::Sandbox => Role::Pause,
+        Group::Of(sandbox) => Role::Member { sandbox },
+        Group::Alone | Group::Label(_) => Role::Alone,
+    }
+}
+
+fn root(creation: &Creation, guest: &GuestSpec, is_pause: bool) -> Root {
+    if is_pause {
+        return Root::Empty;
+    }
+    if creation.rootfs.is_empty() {
+        return Root::Directory(guest.root.clone());
+    }
+    let mounts = creation.rootfs.iter().map(|mount| Mount {
+        kind: mount.type_.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    });
+    Root::Mounts(mounts.collect())
+}
+
+fn created(creation: &Creation, pid: u32) -> TaskCreate {
+    let streams = &creation.streams;
+    let io = TaskIO {
+        stdin: streams.stdin.clone(),
+        stdout: streams.stdout.clone(),
+        stderr: streams.stderr.clone(),
+        terminal: streams.terminal,
+        ..Default::default()
+    };
+    TaskCreate {
+        container_id: creation.id.clone(),
+        bundle: creation.bundle.display().to_string(),
+        rootfs: creation.rootfs.clone(),
+        io: Some(io).into(),
+        pid,
+        ..Default::default()
+    }
+}

@@ -1,0 +1,198 @@
+//! The pod that a shim serves: its containers and the one VM that they run in. What changes it is in the modules below, one for each part of a
+//! container's life; [`crate::service`] is how containerd asks for it.
+//!
+//! Every change of state runs in a task of its own, to its end, whoever waits: ttrpc drops a handler when its caller's deadline has passed or
+//! the connection is gone.
+
+mod ask;
+mod create;
+mod end;
+mod run;
+
+use crate::cgroup::{Cgroup, CgroupPath};
+use crate::config::Config;
+use crate::container::Container;
+use crate::error::{TaskError, refuse};
+use crate::events::{Event, Publisher};
+use crate::hooks;
+use crate::record::Record;
+use crate::share::Tree;
+use crate::sizing::Size;
+use crate::vm::Vm;
+use containerd_shim_protos::events::task::TaskOOM;
+use protobuf::well_known_types::timestamp::Timestamp;
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use tokio::sync::OnceCell;
+use ttrpc::Code;
+
+pub use ask::Status;
+pub use create::Creation;
+
+/// Most containers of one pod.
+const CONTAINERS_MAX: usize = 256;
+/// How long a handler that must answer without the guest waits for it all the same, in ms: containerd gives a shim a second.
+const ANSWER_MS: u64 = 800;
+/// How long the agent may leave a signal or a removal unanswered before its VM is taken down, in ms; an emulated host is some twenty times
+/// slower than a real one.
+const AGENT_GRACE_MS: u64 = 30_000;
+/// Most OOM kills of one answer that are told one by one.
+const OOMS_MAX: u64 = 16;
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A container that is being made, or that is there.
+#[derive(Debug)]
+enum Slot {
+    Creating,
+    There(Arc<Container>),
+}
+
+/// The VM of the pod and what goes with it. Dropped, the VM is killed.
+#[derive(Debug)]
+struct Machine {
+    vm: Arc<Vm>,
+    cgroup: Option<Cgroup>,
+}
+
+/// What the pod's first container says about its VM.
+#[derive(Clone, Debug)]
+struct Wished {
+    size: Size,
+    hostname: String,
+    sysctls: BTreeMap<String, String>,
+    cgroup: Option<CgroupPath>,
+}
+
+/// A pod.
+#[derive(Debug)]
+pub struct Pod {
+    id: String,
+    namespace: String,
+    bundle: PathBuf,
+    config: Result<Config, String>,
+    events: Publisher,
+    tree: OnceCell<Tree>,
+    containers: Mutex<HashMap<String, Slot>>,
+    wished: Mutex<Option<Wished>>,
+    machine: tokio::sync::Mutex<Option<Machine>>,
+    record: Mutex<Record>,
+}
+
+impl Pod {
+    /// A pod without containers. `record` is kept in `bundle`, for whoever comes after this process.
+    pub fn new(
+        (id, namespace): (String, String),
+        (bundle, record): (PathBuf, Record),
+        config: Result<Config, String>,
+        events: Publisher,
+    ) -> Pod {
+        Pod {
+            id,
+            namespace,
+            bundle,
+            config,
+            events,
+            tree: OnceCell::new(),
+            containers: Mutex::default(),
+            wished: Mutex::default(),
+            machine: tokio::sync::Mutex::default(),
+            record: Mutex::new(record),
+        }
+    }
+
+    /// Whether no container is known.
+    pub fn is_empty(&self) -> bool {
+        locked(&self.containers).is_empty()
+    }
+
+    /// The container with this id.
+    ///
+    /// # Errors
+    /// There is none, or it is still being made.
+    pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
+        match locked(&self.containers).get(id) {
+            Some(Slot::There(container)) => Ok(Arc::clone(container)),
+            Some(Slot::Creating) | None => Err(TaskError::no_container(id)),
+        }
+    }
+
+    /// The container whose task has this pid.
+    fn container_of_pid(&self, pid: u32) -> Option<Arc<Container>> {
+        let containers = locked(&self.containers);
+        containers.values().find_map(|slot| match slot {
+            Slot::There(container) if container.pid == pid => Some(Arc::clone(container)),
+            _ => None,
+        })
+    }
+
+    /// The configuration.
+    ///
+    /// # Errors
+    /// It was refused.
+    fn config(&self) -> Result<&Config, TaskError> {
+        let refused = |text: &String| refuse(Code::FAILED_PRECONDITION, text.as_str());
+        self.config.as_ref().map_err(refused)
+    }
+
+    async fn tree(&self) -> Result<&Tree, TaskError> {
+        let tree = self.tree.get_or_try_init(Tree::make).await;
+        tree.map_err(|error| crate::error::internal(&error))
+    }
+
+    /// Tells of OOM kills, each once and before the exit that it caused.
+    fn tell_ooms(&self, container: &Container, kills: u64) {
+        for _ in 0..container.new_ooms(kills).min(OOMS_MAX) {
+            self.events.publish(Event::Oom(TaskOOM {
+                container_id: container.id.clone(),
+                ..Default::default()
+            }));
+        }
+    }
+
+    /// Runs a container's hooks for what it is doing.
+    async fn run_hooks(
+        container: &Container,
+        hooks: &[hooks::Hook],
+        status: hooks::Status,
+    ) -> Result<(), hooks::HookError> {
+        let state = container.state_for_hooks(status);
+        hooks::run(hooks, &state).await
+    }
+
+    /// Stops the VM in good order because this process was asked to end; the exits of its containers follow.
+    pub async fn stop(&self) {
+        if let Some(machine) = &*self.machine.lock().await {
+            machine.vm.stop();
+        }
+    }
+}
+
+/// Runs a change to its end even if whoever asked for it stops waiting.
+pub async fn whole<T: Send + 'static>(
+    change: impl Future<Output = Result<T, TaskError>> + Send + 'static,
+) -> Result<T, TaskError> {
+    let joined = tokio::spawn(change).await;
+    joined.unwrap_or_else(|_| Err(refuse(Code::INTERNAL, "the work was cut short by a defect")))
+}
+
+/// Waits for a change as long as a handler may; `None` if it goes on.
+async fn in_time<T: Send + 'static>(change: impl Future<Output = T> + Send + 'static) -> Option<T> {
+    let limit = Duration::from_millis(ANSWER_MS);
+    let joined = tokio::time::timeout(limit, tokio::spawn(change)).await;
+    joined.ok()?.ok()
+}
+
+/// A time as protobuf has it.
+pub fn timestamp(at: SystemTime) -> Timestamp {
+    let since = at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp {
+        seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+        nanos: i32::try_from(since.subsec_nanos()).unwrap_or_default(),
+        ..Default::default()
+    }
+}
