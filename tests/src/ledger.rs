@@ -3,9 +3,12 @@
 //! A ledger is only worth its trust if it turns red: `tests/tests/system/ledger.rs` seeds a leak of each class and
 //! sees it.
 
+mod network;
+mod processes;
+
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -14,57 +17,90 @@ const SETTLE_TIMEOUT_MS: u64 = 5_000;
 /// How often the host is looked at while it settles, in ms: the kernel gives no event for most classes.
 const SETTLE_STEP_MS: u64 = 50;
 
+/// Each directory whose entries are a class.
+const PLACES: [(&str, &str); 9] = [
+    ("tmp", "/tmp"),
+    ("run", "/run/capsid"),
+    ("shm", "/dev/shm"),
+    ("netns", "/run/netns"),
+    ("cache temporary", "/var/cache/capsid/tmp"),
+    ("shim socket", "/run/containerd/s"),
+    ("fifo", "/run/containerd/fifo"),
+    ("runc", "/run/containerd/runc/default"),
+    ("device mapper", "/dev/mapper"),
+];
+
 /// What is there now, each entry as `class: name`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ledger(BTreeSet<String>);
+pub struct Ledger {
+    entries: BTreeSet<String>,
+    daemon: Option<Daemon>,
+}
+
+/// A process that goes on, such as a containerd: what it holds is counted too.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Daemon {
+    /// Its pid.
+    pub pid: u32,
+    /// Where it keeps a directory for each container.
+    pub bundles: PathBuf,
+}
+
+/// What the ledger gathers.
+struct Entries(BTreeSet<String>);
+
+impl Entries {
+    fn add(&mut self, class: &str, name: impl std::fmt::Display) {
+        self.0.insert(format!("{class}: {name}"));
+    }
+
+    /// One that may be there several times under the same name: the second is another entry than the first.
+    fn add_one_more(&mut self, class: &str, name: impl std::fmt::Display) {
+        let numbered = (1..).map(|number| format!("{class}: {name} #{number}"));
+        let free = numbered.into_iter().find(|entry| !self.0.contains(entry));
+        self.0.extend(free);
+    }
+
+    fn add_names(&mut self, class: &str, directory: &Path) {
+        for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
+            self.add(class, entry.path().display());
+        }
+    }
+}
 
 impl Ledger {
     /// Looks at the host.
     pub fn now() -> Ledger {
-        let mut entries = BTreeSet::new();
-        processes(&mut entries);
-        lines(
-            "/proc/self/mountinfo",
-            "mount",
-            |line| {
-                // Fields: id, parent, device, root, mount point: the ids of a remount differ, the rest must not.
-                line.split(' ')
-                    .skip(2)
-                    .take(3)
-                    .collect::<Vec<_>>()
-                    .join(" ")
-                    .into()
-            },
-            &mut entries,
-        );
-        lines(
-            "/proc/net/unix",
-            "unix socket",
-            |line| line.split_whitespace().nth(7).map(str::to_owned),
-            &mut entries,
-        );
-        lines(
-            "/proc/net/dev",
-            "link",
-            |line| line.split_once(':').map(|(name, _)| name.trim().to_owned()),
-            &mut entries,
-        );
-        for (class, directory) in [
-            ("tmp", "/tmp"),
-            ("run", "/run/capsid"),
-            ("shm", "/dev/shm"),
-            ("netns", "/run/netns"),
-            ("cgroup", "/sys/fs/cgroup"),
-            ("cache temporary", "/var/cache/capsid/tmp"),
-        ] {
-            names(class, Path::new(directory), &mut entries);
+        Ledger::look(None)
+    }
+
+    /// Looks at the host and at a process that goes on.
+    pub fn with(daemon: Daemon) -> Ledger {
+        Ledger::look(Some(daemon))
+    }
+
+    fn look(daemon: Option<Daemon>) -> Ledger {
+        let mut entries = Entries(BTreeSet::new());
+        processes::look(&mut entries, daemon.as_ref().map(|daemon| daemon.pid));
+        network::look(&mut entries);
+        for (class, directory) in PLACES {
+            entries.add_names(class, Path::new(directory));
         }
-        Ledger(entries)
+        cgroups(&mut entries, Path::new("/sys/fs/cgroup"));
+        loop_devices(&mut entries);
+        if let Some(daemon) = &daemon {
+            entries.add_names("bundle", &daemon.bundles);
+        }
+        Ledger {
+            entries: entries.0,
+            daemon,
+        }
     }
 
     /// What is there now and was not then.
     pub fn added(&self) -> Vec<String> {
-        Ledger::now().0.difference(&self.0).cloned().collect()
+        let now = Ledger::look(self.daemon.clone());
+        now.entries.difference(&self.entries).cloned().collect()
     }
 
     /// What is there now and was not then, after the kernel had time to settle.
@@ -90,40 +126,26 @@ impl Ledger {
     }
 }
 
-fn processes(entries: &mut BTreeSet<String>) {
-    let Ok(proc) = fs::read_dir("/proc") else {
-        return;
-    };
-    for entry in proc.flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if !name.bytes().all(|b| b.is_ascii_digit()) {
-            continue;
-        }
-        let comm = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        if comm.starts_with("capsid")
-            && !comm.starts_with("capsid-system")
-            && !comm.starts_with("capsid-tests")
-        {
-            entries.insert(format!("process: {} {}", name, comm.trim()));
-        }
-    }
-}
-
-fn lines(
-    file: &str,
-    class: &str,
-    pick: impl Fn(&str) -> Option<String>,
-    entries: &mut BTreeSet<String>,
-) {
-    for line in fs::read_to_string(file).unwrap_or_default().lines() {
-        if let Some(found) = pick(line) {
-            entries.insert(format!("{class}: {found}"));
-        }
-    }
-}
-
-fn names(class: &str, directory: &Path, entries: &mut BTreeSet<String>) {
+/// All of them, however deep.
+fn cgroups(entries: &mut Entries, directory: &Path) {
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
-        entries.insert(format!("{class}: {}", entry.path().display()));
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            entries.add("cgroup", entry.path().display());
+            cgroups(entries, &entry.path());
+        }
+    }
+}
+
+/// Those that have a file.
+fn loop_devices(entries: &mut Entries) {
+    for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
+        let device = entry.path();
+        if let Ok(file) = fs::read_to_string(device.join("loop/backing_file")) {
+            let name = entry.file_name();
+            entries.add(
+                "loop",
+                format!("{} {}", name.to_string_lossy(), file.trim()),
+            );
+        }
     }
 }

@@ -7,6 +7,8 @@
 pub mod bench;
 pub mod bundle;
 pub mod capsid;
+pub mod command;
+pub mod containerd;
 pub mod control;
 pub mod cost;
 pub mod guest;

@@ -1,6 +1,6 @@
-//! A terminal for tests: `capsid run -t` on one end, the test's keyboard and eyes on the other.
+//! A terminal for tests: a program on one end, the test's keyboard and eyes on the other.
 
-use crate::capsid::RUN_TIMEOUT_S;
+use crate::command::RUN_TIMEOUT_S;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::pty::{OpenptyResult, Winsize, openpty};
 use std::fs::File;
@@ -10,7 +10,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// `capsid` on a terminal.
+/// A program on a terminal.
 pub struct Session {
     child: Child,
     master: File,
@@ -18,11 +18,11 @@ pub struct Session {
 }
 
 impl Session {
-    /// Starts `capsid` with `args` on a new terminal of the given size, as its controlling terminal.
+    /// Starts a program with its arguments on a new terminal of the given size, as its controlling terminal.
     ///
     /// # Panics
-    /// There is no terminal or no `capsid`.
-    pub fn start(args: &[&str], rows: u16, columns: u16) -> Session {
+    /// There is no terminal or no `setsid`.
+    pub fn start(words: &[&str], rows: u16, columns: u16) -> Session {
         let size = Winsize {
             ws_row: rows,
             ws_col: columns,
@@ -35,13 +35,12 @@ impl Session {
         let child = Command::new("setsid")
             .arg("--ctty")
             .arg("--wait")
-            .arg("capsid")
-            .args(args)
+            .args(words)
             .stdin(stdio())
             .stdout(stdio())
             .stderr(stdio())
             .spawn()
-            .expect("setsid and capsid are on PATH");
+            .expect("setsid is on PATH");
         Session {
             child,
             master: File::from(master),
@@ -49,7 +48,7 @@ impl Session {
         }
     }
 
-    /// Process id of `capsid`: `setsid` of a child that leads no group does not fork.
+    /// Process id of the program: `setsid` of a child that leads no group does not fork.
     ///
     /// # Panics
     /// It is beyond what a pid can be.

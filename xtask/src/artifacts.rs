@@ -4,7 +4,7 @@
 use std::error::Error;
 use std::path::{Path, PathBuf};
 
-use crate::programs::{self, AGENT, CAPSID, Profile, Program, VMM};
+use crate::programs::{self, AGENT, CAPSID, Profile, Program, SHIM, VMM};
 use crate::testbed::PROGRAMS_DIR;
 use crate::testbed::drive::Item;
 use crate::testbed::saved::Context;
@@ -13,7 +13,7 @@ use crate::{image, initramfs, kernel};
 /// The guest kernel; set by the person, it is used as it is and none is built.
 const KERNEL_VARIABLE: &str = "CAPSID_KERNEL";
 
-/// One file, and the variable that tells the programs where it is.
+/// One file or directory, and the variable that tells the programs where it is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Artifact {
     /// The variable's name; a program found by `PATH` has none.
@@ -61,7 +61,22 @@ pub fn ensure(context: &Context<'_>, profile: Profile) -> Result<Artifacts, Box<
 }
 
 impl Artifacts {
-    /// Adds a file; `inside` is its path below the programs drive.
+    /// Builds containerd's shim and adds it; containerd finds it on its path.
+    ///
+    /// # Errors
+    /// It does not build.
+    pub fn add_shim(
+        &mut self,
+        context: &Context<'_>,
+        profile: Profile,
+    ) -> Result<(), Box<dyn Error>> {
+        for here in programs::build(context.progress, context.workspace, profile, &[SHIM])? {
+            self.add_program(&SHIM, here)?;
+        }
+        Ok(())
+    }
+
+    /// Adds a file or a directory; `inside` is its path below the programs drive.
     pub fn add(&mut self, variable: Option<&'static str>, here: PathBuf, inside: &str) {
         self.all.push(Artifact {
             variable,

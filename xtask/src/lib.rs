@@ -7,6 +7,7 @@ pub mod artifacts;
 pub mod bench;
 pub mod cache;
 pub mod command;
+pub mod containerd;
 pub mod deps;
 pub mod image;
 pub mod initramfs;

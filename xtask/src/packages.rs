@@ -3,6 +3,8 @@
 //! Trusts the machine's own apt configuration: a package that only the backports of this release have comes from the mirror
 //! that is already configured, so no host name is written here.
 
+pub mod release;
+
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -365,11 +367,6 @@ fn release_codename(os_release: &str) -> Option<String> {
         .then(|| value.to_owned())
 }
 
-/// apt's line for the sources of a Debian release at a mirror.
-pub fn source_list(mirror: &str, release: &str) -> String {
-    format!("deb-src [signed-by={KEYRING}] {mirror} {release} main\n")
-}
-
 /// The address of the Debian mirror that this machine is configured with.
 ///
 /// # Errors
@@ -456,14 +453,6 @@ mod tests {
         assert_eq!(mirror("Debian", "trixie"), None);
         assert!(mirror("Debian Backports", "bookworm-backports").is_some());
         assert!(mirror("Debian Backports", "trixie-backports").is_none());
-    }
-
-    #[test]
-    fn sources_are_taken_from_the_mirror_and_checked_against_debian_s_keys() {
-        assert_eq!(
-            source_list("http://b/debian/", "trixie"),
-            format!("deb-src [signed-by={KEYRING}] http://b/debian/ trixie main\n")
-        );
     }
 
     fn line(own: &[Package], has_backports: bool) -> String {

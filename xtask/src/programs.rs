@@ -47,6 +47,11 @@ pub const AGENT: Program = Program {
     package: "capsid-agent",
     name: "capsid-agent",
 };
+/// What containerd starts.
+pub const SHIM: Program = Program {
+    package: "containerd-shim-capsid",
+    name: "containerd-shim-capsid-v2",
+};
 /// The testbed's inside end.
 pub const DOOR: Program = Program {
     package: "capsid-testbed-door",

@@ -62,6 +62,8 @@ pub enum Suite {
     Vmm,
     /// The agent's service on real containers, in the testbed
     Service,
+    /// The shim under each containerd, in the testbed
+    Containerd,
     /// The whole system on a real KVM
     System,
 }
@@ -155,6 +157,7 @@ fn run_suite(context: &Context<'_>, test: &Test, suite: Suite) -> Result<Count, 
         Suite::Fuzz => fuzz::run(context, test.fuzz_seconds, &test.filters),
         Suite::Vmm => hosted::vmm(context, test.on, &test.filters),
         Suite::Service => hosted::service(context, &test.filters),
+        Suite::Containerd => hosted::containerd(context, &test.filters),
         Suite::System => hosted::system(context, test.on, &test.filters),
     }
 }

@@ -1,7 +1,8 @@
 //! The exit code of `capsid run` is the command's own.
 
 use capsid_tests::bundle::{Scratch, privileged_spec, write};
-use capsid_tests::capsid::{Run, capsid, sh};
+use capsid_tests::capsid::{capsid, sh};
+use capsid_tests::command::Run;
 use capsid_tests::ledger::Ledger;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;

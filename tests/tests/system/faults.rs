@@ -1,7 +1,8 @@
 //! What dies is reported as what it was, and leaves nothing.
 
 use capsid_tests::bundle::{Scratch, privileged_spec, write};
-use capsid_tests::capsid::{Ended, REFUSED, Run, Running, capsid, kernel, run, sh};
+use capsid_tests::capsid::{REFUSED, capsid, kernel, run, sh, vmm_of};
+use capsid_tests::command::{Ended, Run, Running};
 use capsid_tests::ledger::Ledger;
 use capsid_tests::vmm::archive;
 use nix::sys::signal::{Signal, kill};
@@ -14,7 +15,7 @@ fn a_vmm_killed_by_9_ends_the_run_with_137_and_says_so() {
     let before = Ledger::now();
     let mut running = sh(&[], "echo up; sleep 1000").start();
     running.until("up");
-    kill(running.vmm().expect("a VMM"), Signal::SIGKILL).expect("the VMM runs");
+    kill(vmm_of(running.pid()).expect("a VMM"), Signal::SIGKILL).expect("the VMM runs");
     running.wait().refuses(137, &["VMM", "signal 9"]);
     before.balances();
 }
@@ -24,7 +25,7 @@ fn a_vmm_told_to_stop_powers_its_guest_off_which_is_137() {
     let before = Ledger::now();
     let mut running = sh(&[], "echo up; sleep 1000").start();
     running.until("up");
-    kill(running.vmm().expect("a VMM"), Signal::SIGTERM).expect("the VMM runs");
+    kill(vmm_of(running.pid()).expect("a VMM"), Signal::SIGTERM).expect("the VMM runs");
     // The agent kills the command and powers off: whichever of the two is told first, it is the same end.
     let ended = running.wait();
     ended.exits(137);

@@ -1,13 +1,16 @@
 //! The ledger is tested itself: a leak of each class turns it red, and its end turns it green again.
 
 use capsid_tests::bundle::Scratch;
-use capsid_tests::ledger::Ledger;
-use std::fs;
+use capsid_tests::ledger::{Daemon, Ledger};
+use nix::sched::{CloneFlags, unshare};
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
+use std::thread::JoinHandle;
 
 /// The name of whatever is leaked.
 const NAME: &str = "capsid-leak";
@@ -16,7 +19,13 @@ const NAME: &str = "capsid-leak";
 enum Leak {
     Process {
         child: Child,
-        _program: Scratch,
+        _program: Option<Scratch>,
+    },
+    /// A thread of ours, which goes when its channel does.
+    Thread(Option<(mpsc::Sender<()>, JoinHandle<()>)>),
+    /// An open file of ours.
+    Open {
+        _file: File,
     },
     File(PathBuf),
     Directory(PathBuf),
@@ -29,27 +38,49 @@ enum Leak {
 }
 
 impl Leak {
-    /// A process with a name that is ours: the kernel takes it from the path that was executed. It does so after it has let
-    /// the parent go on, so this waits until the program itself answers.
+    /// A process with a name that is ours: the kernel takes it from the path that was executed.
     fn process() -> Leak {
         let scratch = Scratch::new("leak");
         let program = scratch.path().join(NAME);
         symlink("/bin/cat", &program).expect("a link");
-        let mut child = Command::new(&program)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("cat");
-        let (question, answer) = (child.stdin.as_mut(), child.stdout.as_mut());
-        question.expect("piped").write_all(b"?").expect("it reads");
-        let mut byte = [0];
-        answer
-            .expect("piped")
-            .read_exact(&mut byte)
-            .expect("it writes");
+        let child = answering(&mut Command::new(&program));
         Leak::Process {
             child,
-            _program: scratch,
+            _program: Some(scratch),
+        }
+    }
+
+    /// A process whose name is not ours, in new namespaces.
+    fn unshared(flags: &str) -> Leak {
+        let mut command = Command::new("unshare");
+        Leak::Process {
+            child: answering(command.args(words(flags)).arg("cat")),
+            _program: None,
+        }
+    }
+
+    /// A thread of this process, in new namespaces; it waits until it is in them.
+    fn thread(flags: CloneFlags) -> Leak {
+        let (end, until) = mpsc::channel::<()>();
+        let (ready, is_ready) = mpsc::channel();
+        let thread = std::thread::spawn(move || {
+            unshare(flags).expect("root");
+            ready.send(()).expect("waited for");
+            // The end of the channel.
+            let _ended = until.recv();
+        });
+        is_ready.recv().expect("the thread runs");
+        Leak::Thread(Some((end, thread)))
+    }
+
+    /// The descriptor of a namespace in which nobody is.
+    fn held_namespace() -> Leak {
+        let thread = std::thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).expect("root");
+            File::open("/proc/thread-self/ns/net").expect("/proc")
+        });
+        Leak::Open {
+            _file: thread.join().expect("the thread runs"),
         }
     }
 
@@ -69,8 +100,8 @@ impl Leak {
         Leak::File(path)
     }
 
-    fn directory(parent: &str) -> Leak {
-        let path = Path::new(parent).join(NAME);
+    fn directory(parent: &Path) -> Leak {
+        let path = parent.join(NAME);
         fs::create_dir_all(&path).expect("root");
         Leak::Directory(path)
     }
@@ -99,12 +130,35 @@ impl Drop for Leak {
                 child.kill().expect("our child");
                 child.wait().expect("our child");
             }
+            Leak::Thread(thread) => {
+                let (end, thread) = thread.take().expect("dropped once");
+                drop(end);
+                thread.join().expect("the thread runs");
+            }
             Leak::File(path) => fs::remove_file(path).expect("there"),
             Leak::Directory(path) => fs::remove_dir(path).expect("there"),
-            Leak::Socket { .. } => {}
+            Leak::Open { .. } | Leak::Socket { .. } => {}
             Leak::Made(undo) => command(undo),
         }
     }
+}
+
+/// Starts a program that says what it is told, once it does so: until then its name and its namespaces may still be those of
+/// whoever started it.
+fn answering(command: &mut Command) -> Child {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("cat");
+    let (question, answer) = (child.stdin.as_mut(), child.stdout.as_mut());
+    question.expect("piped").write_all(b"?").expect("it reads");
+    let mut byte = [0];
+    answer
+        .expect("piped")
+        .read_exact(&mut byte)
+        .expect("it writes");
+    child
 }
 
 fn words(line: &str) -> Vec<String> {
@@ -121,7 +175,11 @@ fn command(words: &[String]) {
 /// Asserts that the ledger shows this leak as of `class`, and nothing once it is gone.
 #[track_caller]
 fn seen(class: &str, leak: impl FnOnce() -> Leak) {
-    let before = Ledger::now();
+    seen_by(&Ledger::now(), class, leak);
+}
+
+#[track_caller]
+fn seen_by(before: &Ledger, class: &str, leak: impl FnOnce() -> Leak) {
     let leak = leak();
     let left = before.added();
     drop(leak);
@@ -135,31 +193,153 @@ fn seen(class: &str, leak: impl FnOnce() -> Leak) {
 
 #[test]
 fn the_ledger_sees_a_seeded_leak_of_each_class() {
+    seen("process", Leak::process);
+    seen("unix socket", Leak::socket);
+    seen("netns", Leak::netns);
+    for (class, directory) in [
+        ("tmp", "/tmp"),
+        ("shm", "/dev/shm"),
+        ("run", "/run/capsid"),
+        ("shim socket", "/run/containerd/s"),
+        ("fifo", "/run/containerd/fifo"),
+        ("runc", "/run/containerd/runc/default"),
+    ] {
+        seen(class, || Leak::file(directory));
+    }
+    seen("cache temporary", || {
+        Leak::directory(Path::new("/var/cache/capsid/tmp"))
+    });
+    // However deep: a leak below a cgroup that stays.
+    let parent = Leak::directory(Path::new("/sys/fs/cgroup"));
+    let Leak::Directory(path) = &parent else {
+        unreachable!("made so")
+    };
+    seen("cgroup", || Leak::directory(path));
+}
+
+#[test]
+fn the_ledger_sees_a_seeded_mount_here_and_elsewhere() {
     // The directory is made first: the mount is to be the only leak.
     let mounted = Scratch::new("leak-mount");
     let at = mounted.path().display();
-    seen("process", Leak::process);
-    seen("mount", || {
-        Leak::made(
-            &format!("mount -t tmpfs {NAME} {at}"),
-            &format!("umount {at}"),
-        )
+    let (make, undo) = (
+        format!("mount -t tmpfs {NAME} {at}"),
+        format!("umount {at}"),
+    );
+    seen("mount", || Leak::made(&make, &undo));
+    let elsewhere = Leak::unshared("--mount --propagation private");
+    let Leak::Process { child, .. } = &elsewhere else {
+        unreachable!("made so")
+    };
+    let enter = format!("nsenter --target {} --mount", child.id());
+    seen("mount elsewhere", || {
+        Leak::made(&format!("{enter} {make}"), &format!("{enter} {undo}"))
     });
-    seen("unix socket", Leak::socket);
+}
+
+#[test]
+fn the_ledger_sees_namespaces_whoever_holds_them() {
+    let net = "network namespace";
+    seen(net, || Leak::unshared("--net"));
+    seen(net, || Leak::thread(CloneFlags::CLONE_NEWNET));
+    seen(net, Leak::held_namespace);
+    seen("mount namespace", || Leak::unshared("--mount"));
+    for flags in ["--uts", "--ipc", "--pid --fork --kill-child"] {
+        seen("namespace", || Leak::unshared(flags));
+    }
+}
+
+#[test]
+fn the_ledger_sees_links_and_what_is_done_to_them() {
+    // A name of an interface has 15 bytes at most.
     seen("link", || {
-        // A name of an interface has 15 bytes at most.
         Leak::made(
-            &format!("ip link add {NAME} type dummy"),
+            &format!("ip tuntap add {NAME} mode tap"),
             &format!("ip link del {NAME}"),
         )
     });
-    seen("netns", Leak::netns);
-    seen("tmp", || Leak::file("/tmp"));
-    seen("shm", || Leak::file("/dev/shm"));
-    seen("run", || Leak::file("/run/capsid"));
-    seen("cgroup", || Leak::directory("/sys/fs/cgroup"));
-    seen("cache temporary", || {
-        Leak::directory("/var/cache/capsid/tmp")
+    let link = format!("ip link add {NAME} type dummy");
+    let _link = Leak::made(&link, &format!("ip link del {NAME}"));
+    let clsact = |verb| format!("tc qdisc {verb} dev {NAME} clsact");
+    seen("queueing discipline", || {
+        Leak::made(&clsact("add"), &clsact("del"))
+    });
+    let _clsact = Leak::made(&clsact("add"), &clsact("del"));
+    let filter = |verb| format!("tc filter {verb} dev {NAME} ingress");
+    seen("filter", || {
+        Leak::made(
+            &format!("{} matchall action ok", filter("add")),
+            &filter("del"),
+        )
+    });
+    // The same in a namespace that stays.
+    let _netns = Leak::netns();
+    seen("link", || {
+        Leak::made(
+            &format!("ip -n {NAME} {}", &link[3..]),
+            &format!("ip -n {NAME} link del {NAME}"),
+        )
+    });
+}
+
+#[test]
+fn the_ledger_sees_block_devices() {
+    let scratch = Scratch::new("leak-block");
+    let disk = scratch.join("disk");
+    fs::write(&disk, [0; 4096]).expect("a directory of ours");
+    let device = "/dev/loop77";
+    seen("loop", || {
+        Leak::made(
+            &format!("losetup {device} {disk}"),
+            &format!("losetup -d {device}"),
+        )
+    });
+    seen("device mapper", || {
+        let create = [
+            "dmsetup",
+            "create",
+            "--noudevsync",
+            NAME,
+            "--table",
+            "0 8 error",
+        ];
+        command(&create.map(str::to_owned));
+        Leak::Made(words(&format!("dmsetup remove --noudevsync {NAME}")))
+    });
+}
+
+#[test]
+fn the_ledger_sees_what_a_daemon_keeps() {
+    let bundles = Scratch::new("leak-bundles");
+    let watched = || {
+        Ledger::with(Daemon {
+            pid: std::process::id(),
+            bundles: bundles.path().to_owned(),
+        })
+    };
+    seen_by(&watched(), "bundle", || Leak::directory(bundles.path()));
+    seen_by(&watched(), "thread", || Leak::thread(CloneFlags::empty()));
+    seen_by(&watched(), "descriptor", || Leak::Open {
+        _file: File::open("/dev/null").expect("/dev/null"),
+    });
+    // A zombie is one of somebody who goes on.
+    seen_by(&watched(), "zombie", || {
+        let mut child = Command::new("cat")
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("cat");
+        drop(child.stdin.take());
+        let stat = format!("/proc/{}/stat", child.id());
+        let zombie = || {
+            fs::read_to_string(&stat)
+                .expect("not reaped")
+                .contains(") Z ")
+        };
+        capsid_tests::command::eventually("it ends", zombie);
+        Leak::Process {
+            child,
+            _program: None,
+        }
     });
 }
 

@@ -4,7 +4,8 @@
 //! later ones are held open until the cut, so that no clock decides which phase it hits.
 
 use capsid_tests::bundle::{Scratch, privileged_spec, write};
-use capsid_tests::capsid::{Run, Running, capsid, image, sh};
+use capsid_tests::capsid::{capsid, image, sh, vmm_of};
+use capsid_tests::command::{Run, Running};
 use capsid_tests::ledger::Ledger;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, pipe};
@@ -66,7 +67,7 @@ impl Cut {
     fn booting() -> Cut {
         let cut = Cut::start(false);
         cut.running
-            .reaches("its VMM", || cut.running.vmm().is_some());
+            .reaches("its VMM", || vmm_of(cut.running.pid()).is_some());
         cut
     }
 
@@ -109,7 +110,7 @@ impl Cut {
     fn powering_off() -> Cut {
         let mut cut = Cut::draining();
         let threads = cut.running.threads();
-        let vmm = cut.running.vmm().expect("the VMM runs");
+        let vmm = vmm_of(cut.running.pid()).expect("the VMM runs");
         kill(vmm, Signal::SIGSTOP).expect("the VMM runs");
         let mut output = vec![0; HELD_BYTES];
         cut.output.read_exact(&mut output).expect("all of it");
@@ -121,7 +122,7 @@ impl Cut {
     /// Cuts it by a signal; it exits with `code` and leaves nothing.
     #[track_caller]
     fn by(self, signal: Signal, code: i32, phase: &str) {
-        let vmm = self.running.vmm();
+        let vmm = vmm_of(self.running.pid());
         kill(Pid::from_raw(self.running.pid()), signal).expect("capsid runs");
         let ended = self.running.wait();
         assert_eq!(ended.code, code, "{phase} by {signal}: {}", ended.stderr);

@@ -15,7 +15,9 @@ fn script(script: &str, rows: u16, columns: u16) -> Session {
     let image = image();
     let image = image.to_str().expect("utf-8");
     Session::start(
-        &["run", "-it", "--image", image, "--", "sh", "-c", script],
+        &[
+            "capsid", "run", "-it", "--image", image, "--", "sh", "-c", script,
+        ],
         rows,
         columns,
     )

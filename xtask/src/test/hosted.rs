@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use super::count::{Count, Reader, SHOW_OUTPUT};
 use crate::artifacts::{self, Artifacts};
 use crate::command::{self, OnInterrupt, query, shown};
+use crate::containerd;
 use crate::place::Place;
 use crate::programs::{self, BuiltTest, Profile, TestBinary};
 use crate::run::choose;
@@ -27,6 +28,11 @@ const SYSTEM: TestBinary = TestBinary {
 /// The agent's tests: real containers on the host's own kernel, so always in the testbed.
 const SERVICE: TestBinary = TestBinary {
     name: "service",
+    program: None,
+};
+/// The shim's tests: real containerds, whose places on a host are theirs alone, so always in the testbed.
+const CONTAINERD: TestBinary = TestBinary {
+    name: "containerd",
     program: None,
 };
 /// The VMM's tests: guests of a few bytes on a real KVM.
@@ -78,6 +84,18 @@ pub(super) fn system(
 pub(super) fn service(context: &Context<'_>, filters: &[String]) -> Result<Count, Box<dyn Error>> {
     let artifacts = testbed::prepare(context, Profile::Release, Mode::Plain)?;
     let tests = Tests::build(context, SERVICE, artifacts)?;
+    run(context, &tests, Place::Testbed, filters)
+}
+
+/// The shim's tests, in testbeds.
+pub(super) fn containerd(
+    context: &Context<'_>,
+    filters: &[String],
+) -> Result<Count, Box<dyn Error>> {
+    let mut artifacts = testbed::prepare(context, Profile::Release, Mode::Plain)?;
+    artifacts.add_shim(context, Profile::Release)?;
+    containerd::add(context, &mut artifacts)?;
+    let tests = Tests::build(context, CONTAINERD, artifacts)?;
     run(context, &tests, Place::Testbed, filters)
 }
 

@@ -10,6 +10,7 @@ use std::process::Command;
 use std::thread::available_parallelism;
 
 use crate::cache::Key;
+use crate::packages::release::Lists;
 use crate::packages::{self, Package, any, at_least};
 use crate::progress::Step;
 use crate::testbed::saved::Context;
@@ -202,31 +203,11 @@ fn build(step: &Step, mirror: &str, dir: &Path) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The source as Debian has it from QEMU, by apt lists of our own: the machine's need not know of sources.
+/// The source as Debian has it from QEMU.
 fn fetch(step: &Step, mirror: &str, work: &Path) -> Result<PathBuf, Box<dyn Error>> {
     let (name, suite) = SOURCE;
-    let list = work.join("sources.list");
-    std::fs::write(&list, packages::source_list(mirror, suite))?;
-    std::fs::create_dir_all(work.join("lists/partial"))?;
-    let apt = |words: &[&str]| {
-        let mut command = Command::new("apt-get");
-        for (option, value) in [
-            ("Dir::Etc::SourceList", list.as_path()),
-            ("Dir::Etc::SourceParts", Path::new("-")),
-            ("Dir::State::Lists", &work.join("lists")),
-            ("Dir::Cache", &work.join("cache")),
-            // Its own user may not write below the cache.
-            ("APT::Sandbox::User", Path::new("root")),
-        ] {
-            command
-                .arg("-o")
-                .arg(format!("{option}={}", value.display()));
-        }
-        command.args(words).current_dir(work);
-        command
-    };
-    step.run(&mut apt(&["update"]))?;
-    step.run(&mut apt(&["source", "--download-only", "--tar-only", name]))?;
+    let lists = Lists::update(step, "deb-src", mirror, suite, work)?;
+    step.run(&mut lists.apt(&["source", "--download-only", "--tar-only", name]))?;
     let mut tarballs = Vec::new();
     for entry in std::fs::read_dir(work)? {
         let path = entry?.path();

@@ -286,7 +286,9 @@ fn order(
         } else {
             Profile::Release
         };
-        prepare(context, profile, mode)?
+        let mut artifacts = prepare(context, profile, mode)?;
+        artifacts.add_shim(context, profile)?;
+        artifacts
     };
     let mut items = artifacts.items();
     let mut copies = Vec::new();

@@ -1,0 +1,72 @@
+//! The shim under real containerds: what `ctr` asks of them works, and leaves nothing.
+//!
+//! A scenario is a function of a containerd; `each_containerd!` makes of it a test under each release, named
+//! `RUNTIME::RELEASE::SCENARIO`. Each test has a containerd of its own. Run them one at a time (`--test-threads=1`): the
+//! ledger counts the host. The same scenarios run with containerd's own shim and runc, which shows that they ask of ours
+//! what that one does.
+
+#[path = "containerd/events.rs"]
+mod events;
+#[path = "containerd/leaks.rs"]
+mod leaks;
+#[path = "containerd/restarts.rs"]
+mod restarts;
+#[path = "containerd/streams.rs"]
+mod streams;
+#[path = "containerd/tasks.rs"]
+mod tasks;
+#[path = "containerd/tty.rs"]
+mod tty;
+
+/// A test of each scenario; the list of all there are.
+macro_rules! scenarios {
+    ($release:expr, $runtime:expr) => {
+        scenarios! { $release, $runtime;
+            events::events_come_in_order,
+            leaks::delete_leaves_nothing,
+            restarts::containerd_restarted_with_running_containers,
+            restarts::containerd_killed_with_running_containers,
+            restarts::an_exit_while_containerd_is_down_is_seen_later,
+            streams::output_goes_to_a_file,
+            streams::output_of_64_mib_has_its_checksum,
+            streams::stdin_reaches_the_container_and_ends,
+            tasks::a_signal_reaches_the_container,
+            tasks::attach_again,
+            tasks::exec_in_a_running_container,
+            tasks::kill_is_137,
+            tasks::metrics_are_there,
+            tasks::pause_and_resume,
+            tasks::run_prints_and_exits_with_the_code,
+            tasks::task_ls_shows_the_pid_and_status,
+            tty::a_terminal_has_its_size_and_follows_it,
+        }
+    };
+    ($release:expr, $runtime:expr; $($room:ident::$scenario:ident,)+) => {
+        $(
+            #[test]
+            fn $scenario() {
+                let mut daemon = capsid_tests::containerd::Daemon::start($release, $runtime);
+                crate::$room::$scenario(&mut daemon);
+            }
+        )+
+    };
+}
+
+/// The scenarios with one runtime, under each release.
+macro_rules! each_containerd {
+    ($name:ident, $runtime:expr) => {
+        mod $name {
+            mod v1_7 {
+                scenarios!(capsid_tests::containerd::Release::V1_7, $runtime);
+            }
+            mod v2_1 {
+                scenarios!(capsid_tests::containerd::Release::V2_1, $runtime);
+            }
+            mod v2_3 {
+                scenarios!(capsid_tests::containerd::Release::V2_3, $runtime);
+            }
+        }
+    };
+}
+
+each_containerd!(runc, capsid_tests::containerd::Runtime::Runc);
