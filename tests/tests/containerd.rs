@@ -70,3 +70,4 @@ macro_rules! each_containerd {
 }
 
 each_containerd!(runc, capsid_tests::containerd::Runtime::Runc);
+each_containerd!(capsid, capsid_tests::containerd::Runtime::Capsid);
