@@ -12,9 +12,10 @@
 //!   namespace, which no container is in.
 //! - Uevents, which a container can send in any network namespace: each costs the agent one more look (`hotplug.rs`).
 //! - Interfaces, routes and the host name: the pod's, the agent uses none of them. SysV and POSIX IPC: the agent has none.
-//! - Its pid and its mount namespace are shared with nobody: a spec that asks for that is refused (`spec.rs`).
-//! - Its cgroup namespace, by a spec that lists none (privileged containers): who may mount cgroup2 there and write it can stop the
-//!   agent, and with it this guest. So can whoever may load a module or write /dev/mem: a privileged container is root in its own VM.
+//! - Its mount namespace is shared with nobody: a spec that asks for that is refused (`spec.rs`).
+//! - Its cgroup and its pid namespace, by a spec that lists none: who may mount cgroup2 there and write it, or trace or kill there, can
+//!   stop the agent, and with it this guest. So can whoever may load a module or write /dev/mem: a privileged container is root in
+//!   its own VM, and a host that thinks otherwise of a pod asks for these two namespaces.
 
 mod birth;
 pub mod boot;

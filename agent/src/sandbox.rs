@@ -326,7 +326,7 @@ impl Sandbox {
         container.advance(Verb::Delete)?;
         let sandbox = Arc::clone(self);
         whole(async move {
-            let removed = remove(&container).await;
+            let removed = sandbox.remove(&container).await;
             match removed {
                 Ok(end) => {
                     sandbox.table().remove(&container.id);
@@ -341,6 +341,35 @@ impl Sandbox {
             }
         })
         .await
+    }
+
+    async fn remove(self: &Arc<Self>, container: &Arc<Container>) -> Result<End> {
+        let exit = match container.init.exited() {
+            Some(exit) => exit,
+            None => {
+                container
+                    .init
+                    .signal(Signal::KILL)
+                    .or(Ok::<(), Refusal>(()))?;
+                let limit = Duration::from_millis(KILL_TIMEOUT_MS);
+                let ended = tokio::time::timeout(limit, container.init.wait_exited()).await;
+                ended.map_err(|e| io_error("waiting for the killed init process")(e.into()))?
+            }
+        };
+        let end = End::of(container, exit).await;
+        let (sandbox, id, cgroup) = (
+            Arc::clone(self),
+            container.id.clone(),
+            container.cgroup.clone(),
+        );
+        blocking(move || {
+            // Its processes first: they use what is unmounted then.
+            cgroup.remove()?;
+            let forgotten = sandbox.share.forget(&id);
+            forgotten.map_err(io_error("unmounting its part of the share"))
+        })
+        .await?;
+        Ok(end)
     }
 
     /// Kills every container. For the end of the machine: nothing is reported.
@@ -427,23 +456,4 @@ fn signal_all(cgroup: &Cgroup, signal: Signal) -> std::result::Result<(), Cgroup
         }
     }
     Ok(())
-}
-
-async fn remove(container: &Arc<Container>) -> Result<End> {
-    let exit = match container.init.exited() {
-        Some(exit) => exit,
-        None => {
-            container
-                .init
-                .signal(Signal::KILL)
-                .or(Ok::<(), Refusal>(()))?;
-            let limit = Duration::from_millis(KILL_TIMEOUT_MS);
-            let ended = tokio::time::timeout(limit, container.init.wait_exited()).await;
-            ended.map_err(|e| io_error("waiting for the killed init process")(e.into()))?
-        }
-    };
-    let end = End::of(container, exit).await;
-    let cgroup = container.cgroup.clone();
-    blocking(move || Ok(cgroup.remove()?)).await?;
-    Ok(end)
 }

@@ -74,6 +74,8 @@ pub struct ContainerSpec {
     pub root: PathBuf,
     /// A network namespace of its own: its `lo` is ours to bring up.
     pub own_network: bool,
+    /// A pid namespace of its own, which ends with its init.
+    pub own_pids: bool,
 }
 
 impl ContainerSpec {
@@ -94,6 +96,7 @@ impl ContainerSpec {
         namespaces.push(shared);
         linux.set_namespaces(Some(namespaces));
         self.spec.set_linux(Some(linux));
+        self.own_pids = false;
     }
 }
 
@@ -140,6 +143,7 @@ pub fn container(id: &str, json: &[u8]) -> Result<ContainerSpec, BadSpec> {
     let linux = spec.linux().clone();
     let linux = guest_linux(id, linux.ok_or_else(|| refuse("linux", "missing"))?)?;
     let own_network = has(&linux, LinuxNamespaceType::Network);
+    let own_pids = has(&linux, LinuxNamespaceType::Pid);
     let hooks = spec.hooks().as_ref().and_then(guest_hooks);
     spec.set_process(Some(checked.process));
     spec.set_linux(Some(linux));
@@ -149,6 +153,7 @@ pub fn container(id: &str, json: &[u8]) -> Result<ContainerSpec, BadSpec> {
         process: checked.facts,
         root,
         own_network,
+        own_pids,
     })
 }
 
@@ -387,7 +392,7 @@ fn guest_linux(id: &str, mut linux: Linux) -> Result<Linux, BadSpec> {
 }
 
 /// New namespaces only: what is to be shared is shared with the pod by being left out, and a pid namespace is shared with
-/// a container that the request names. Mounts and processes of the agent are nobody's.
+/// a container that the request names. The agent's mounts are nobody's.
 fn check_namespaces(linux: &Linux) -> Result<(), BadSpec> {
     let refused = |reason| Err(refuse("linux.namespaces", reason));
     for namespace in linux.namespaces().iter().flatten() {
@@ -398,9 +403,6 @@ fn check_namespaces(linux: &Linux) -> Result<(), BadSpec> {
     }
     if !has(linux, LinuxNamespaceType::Mount) {
         return refused("a new mount namespace is required");
-    }
-    if !has(linux, LinuxNamespaceType::Pid) {
-        return refused("a new pid namespace is required");
     }
     if has(linux, LinuxNamespaceType::User) {
         return refused("user namespaces are not supported yet");

@@ -31,7 +31,7 @@ fn refused_field(config: &Value) -> &'static str {
 #[test]
 fn a_plain_spec_is_taken() {
     let checked = check(&config()).expect("taken");
-    assert!(checked.own_network);
+    assert!(checked.own_network && checked.own_pids);
     assert_eq!(checked.process.uid, 1000);
     assert!(checked.process.needs_home);
 }
@@ -208,13 +208,6 @@ fn a_namespace_joined_by_a_path_is_refused() {
 }
 
 #[test]
-fn the_agents_pid_namespace_is_refused() {
-    let mut config = config();
-    config["linux"]["namespaces"] = json!([{"type": "mount"}]);
-    assert_eq!(refused_field(&config), "linux.namespaces");
-}
-
-#[test]
 fn a_shared_pid_namespace_is_in_the_place_of_a_new_one() {
     let mut checked = check(&config()).expect("taken");
     checked.join_pid_namespace("/proc/1/fd/7".into());
@@ -228,6 +221,7 @@ fn a_shared_pid_namespace_is_in_the_place_of_a_new_one() {
         .collect();
     assert_eq!(paths, [Some("/proc/1/fd/7".into())]);
     assert_eq!(namespaces.len(), 3);
+    assert!(!checked.own_pids);
 }
 
 #[test]

@@ -239,7 +239,9 @@ pub struct GuestDial {
 pub struct ShareConfig {
     /// Mount tag, 1 to 36 bytes of UTF-8 (virtio 1.2 section 5.11.4).
     pub tag: String,
-    /// A detached mount tree (`open_tree(2)` with `OPEN_TREE_CLONE`): the root of the share.
+    /// A detached mount tree (`open_tree(2)` with `OPEN_TREE_CLONE`): the root of the share. Mounts of it that the owner left shared or
+    /// made slaves receive what he mounts in theirs once the VM runs, if that has `nosuid,nodev,noexec,nosymfollow`; nothing goes
+    /// back. The first mount is for mount points alone: the guest asks for its names each time.
     pub tree_fd: FdNumber,
 }
 

@@ -15,7 +15,7 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 pub(super) fn clone_into(cgroup: &OwnedFd, namespaces: CloneFlags) -> io::Result<i32> {
     // SAFETY: an all-zero clone_args is a valid value of that plain C struct and means "as fork(2)".
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
-    args.flags = CLONE_INTO_CGROUP | u64::from(namespaces.bits().cast_unsigned());
+    args.flags = CLONE_INTO_CGROUP | u64::from(namespaces.bits() as u32);
     args.exit_signal = libc::SIGCHLD as u64;
     args.cgroup = cgroup.as_raw_fd() as u64;
     let size = std::mem::size_of_val(&args);

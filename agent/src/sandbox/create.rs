@@ -6,6 +6,7 @@ use crate::cgroup::Cgroup;
 use crate::container::{Container, Directories};
 use crate::error::{Result, SandboxError, io_error};
 use crate::events::OomWatch;
+use crate::last_words;
 use crate::pending::StreamIds;
 use crate::process::Process;
 use crate::spec::{self, ContainerSpec};
@@ -58,10 +59,24 @@ impl Sandbox {
         let streams = claim.take().await?;
         let sandbox = Arc::clone(self);
         whole(async move {
-            let container = sandbox.create_reserved(&place, plan, streams).await?;
-            let pid = container.init.pid;
-            place.fill(container);
-            Ok(pid)
+            match sandbox.create_reserved(&place, plan, streams).await {
+                Ok(container) => {
+                    let pid = container.init.pid;
+                    place.fill(container);
+                    Ok(pid)
+                }
+                Err(error) => {
+                    let id = place.id.clone();
+                    let forgotten = blocking(move || {
+                        let forgotten = sandbox.share.forget(&id);
+                        forgotten.map_err(io_error("unmounting its part of the share"))
+                    });
+                    if let Err(e) = forgotten.await {
+                        last_words::warn(&last_words::chain(&e));
+                    }
+                    Err(error)
+                }
+            }
         })
         .await
     }
@@ -111,7 +126,7 @@ impl Sandbox {
         let _turn = self.launches.acquire().await;
         let cgroup = Cgroup::of(&self.places.cgroup_root, &place.id);
         let id = place.id.clone();
-        let (root, shares_pids) = plan.facts();
+        let (root, own_pids) = plan.facts();
         let (run, launcher) = (self.places.run.clone(), Arc::clone(&self.launcher));
         let (made, cgroup_of) = (id.clone(), cgroup.clone());
         let (launched, stdio, directories, memory_events) = blocking(move || {
@@ -140,8 +155,8 @@ impl Sandbox {
             Ok((launched, stdio, directories, memory_events))
         })
         .await?;
-        // With PID 1 of a namespace all in it end; with the init of this container only it does.
-        let ends = shares_pids.then(|| cgroup.clone());
+        // With PID 1 of a namespace all in it end; with any other init it alone would.
+        let ends = (!own_pids).then(|| cgroup.clone());
         let adopted = Process::adopt(launched, stdio, ends);
         let adopted = adopted.map_err(io_error("connecting its streams"));
         let init = match adopted {
@@ -168,14 +183,17 @@ impl Sandbox {
 }
 
 impl Plan {
-    /// The root file system, if there is to be one, and whether the pid namespace is another container's.
+    /// The root file system, if there is to be one, and whether it has a pid namespace of its own.
     fn facts(&self) -> (Option<PathBuf>, bool) {
         match self {
-            Plan::Pause => (None, false),
+            Plan::Pause => (None, true),
             Plan::Program {
                 checked,
                 pid_namespace_of,
-            } => (Some(checked.root.clone()), pid_namespace_of.is_some()),
+            } => {
+                let own_pids = checked.own_pids && pid_namespace_of.is_none();
+                (Some(checked.root.clone()), own_pids)
+            }
         }
     }
 }

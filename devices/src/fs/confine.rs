@@ -63,6 +63,10 @@ const SHARE_MOUNT_ATTRIBUTES: u64 = libc::MOUNT_ATTR_NOSUID
     | libc::MOUNT_ATTR_NODEV
     | libc::MOUNT_ATTR_NOEXEC
     | libc::MOUNT_ATTR_NOSYMFOLLOW;
+/// The same as `statfs(2)` tells them.
+const SHARE_STATFS_FLAGS: u64 = libc::ST_NOSUID | libc::ST_NODEV | libc::ST_NOEXEC | ST_NOSYMFOLLOW;
+/// include/linux/statfs.h (Linux 5.10).
+const ST_NOSYMFOLLOW: u64 = 0x2000;
 
 /// The step that failed.
 #[derive(Debug, thiserror::Error)]
@@ -138,7 +142,14 @@ fn close_range(first: RawFd, last: RawFd) -> Result<(), ConfineError> {
     at("close the VMM's descriptors", result_of(closed))
 }
 
-/// Gives the calling thread a mount namespace whose only mounts are those of `tree`, of which no descriptor is left. Returns
+/// Whether a mount has the attributes that every mount of a share has to have. What was in the tree has them by [`enter_tree`]; what the
+/// owner lets come later he gives them.
+pub(crate) fn is_restricted(fs: &rustix::fs::StatFs) -> bool {
+    (fs.f_flags as u64) & SHARE_STATFS_FLAGS == SHARE_STATFS_FLAGS
+}
+
+/// Gives the calling thread a mount namespace whose only mounts are those of `tree`, of which no descriptor is left, and those that
+/// come later by propagation, if the owner left mounts of the tree shared or made them slaves: none of ours ever goes back. Returns
 /// `/proc/thread-self/fd` as a mount of its own: nothing of procfs can be reached from it, not even by `..`. `/proc/self/fd` would be the
 /// process's.
 pub(crate) fn enter_tree(tree: OwnedFd) -> Result<OwnedFd, ConfineError> {
@@ -252,7 +263,8 @@ fn restrict_mounts(tree: BorrowedFd<'_>) -> rustix::io::Result<()> {
     let attributes = libc::mount_attr {
         attr_set: SHARE_MOUNT_ATTRIBUTES,
         attr_clr: 0,
-        propagation: libc::MS_PRIVATE,
+        // Nothing goes back to the owner; what he lets come comes. A private mount stays private.
+        propagation: libc::MS_SLAVE,
         userns_fd: 0,
     };
     // SAFETY: the path is a NUL-terminated constant, the structure lives through the call and its size is

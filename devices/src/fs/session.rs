@@ -23,14 +23,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 /// (volumes, `cp` into a container), so this is also how stale a guest's view can be; with less, every
 /// `stat` of the container would be a round trip.
 const VALID_SECONDS: u64 = 1;
+/// The same for the names of the share's first mount, which is a tree of mount points: none is kept. Linux drops such a name, and the
+/// file with it, as soon as nobody uses it (`fuse_dentry_delete`), so a guest that unmounts what lies on a mount point forgets that, too,
+/// and the host can take its mount away. A container never walks through these names: its root is a mount below.
+const VALID_SECONDS_OF_THE_TREE: u64 = 0;
 /// Requests that the guest's kernel may have in flight in the background, such as read-ahead.
 const BACKGROUND_MAX: u16 = 64;
 /// Bytes of a guest page, for the number of pages in one request.
 const PAGE_BYTES: u32 = 4096;
 /// `f_type` of overlayfs: its files change their birth time when they are copied up.
 const OVERLAYFS_MAGIC: i64 = 0x794c_7630;
-/// Most mounts of one share whose file-system type is remembered; beyond it, birth times are not used.
+/// Most mounts of one share of which facts are remembered; they are asked for again beyond it.
 const MOUNT_FACTS_MAX: usize = 4096;
+/// `STATX_MNT_ID_UNIQUE` (Linux 6.8): the number of a mount that is gone never comes back. An older kernel ignores it and gives numbers
+/// that do: then what was known of the mount that is gone is believed of the one that has its number.
+const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
 
 /// What is announced to the guest, if it offers it too. Not among them: WRITEBACK_CACHE (the host may change
 /// a file under a dirty page), POSIX_LOCKS and FLOCK_LOCKS (locks stay in the guest: no wait of a guest
@@ -104,8 +111,19 @@ pub(crate) struct Session {
     /// `/proc/thread-self/fd`, to open an `O_PATH` descriptor again.
     pub(super) proc_fds: Arc<OwnedFd>,
     submounts: bool,
-    /// Whether birth times hold still on a mount.
-    births_stable: Mutex<HashMap<u64, bool>>,
+    /// The mount at the root of the share.
+    tree: u64,
+    /// What is known of the mounts below it, by their numbers.
+    mounts: Mutex<HashMap<u64, MountFacts>>,
+}
+
+/// What holds for a mount as long as it lives.
+#[derive(Clone, Copy)]
+struct MountFacts {
+    /// Birth times hold still.
+    births_stable: bool,
+    /// It has the attributes that every mount of a share must have.
+    restricted: bool,
 }
 
 impl Session {
@@ -117,8 +135,8 @@ impl Session {
         init: &Init,
     ) -> Result<Session, Errno> {
         let st = stat_at(root.as_fd(), c"")?;
-        let births = Mutex::new(HashMap::new());
-        let key = key_of(&births, root.as_fd(), c"", &st)?;
+        let mounts = Mutex::new(HashMap::new());
+        let (key, _) = key_of(&mounts, root.as_fd(), c"", &st)?;
         Ok(Session {
             nodes: Mutex::new(NodeTable::new(root, key, budget.nodes)),
             files: RwLock::new(HashMap::new()),
@@ -127,7 +145,8 @@ impl Session {
             files_max: budget.files,
             proc_fds,
             submounts: init.flags & abi::init::SUBMOUNTS != 0,
-            births_stable: births,
+            tree: key.mount,
+            mounts,
         })
     }
 
@@ -282,7 +301,12 @@ impl Session {
 
     /// Which file `st` describes, which is `name` in `dir` or, with no name, `dir` itself.
     pub(super) fn key(&self, dir: BorrowedFd<'_>, name: &CStr, st: &Statx) -> Result<Key, Errno> {
-        key_of(&self.births_stable, dir, name, st)
+        let (key, facts) = key_of(&self.mounts, dir, name, st)?;
+        match facts.restricted || key.mount == self.tree {
+            true => Ok(key),
+            // The owner has mounted it after the start, and as one that a guest must not have.
+            false => Err(Errno::ACCESS),
+        }
     }
 
     /// `name` in `parent` as an entry of the guest: counts one lookup.
@@ -296,12 +320,16 @@ impl Session {
     ) -> Result<u64, Errno> {
         let key = self.key(dir, name, st)?;
         let mut table = self.table();
-        let submount =
-            self.submounts && key.kind == libc::S_IFDIR && table.key(parent)?.mount != key.mount;
+        let above = table.key(parent)?.mount;
+        let submount = self.submounts && key.kind == libc::S_IFDIR && above != key.mount;
         let id = table.enter(parent, name, key)?;
         drop(table);
         let flags = if submount { abi::ATTR_SUBMOUNT } else { 0 };
-        put_entry(out, id, st, flags);
+        let valid = match above == self.tree {
+            true => VALID_SECONDS_OF_THE_TREE,
+            false => VALID_SECONDS,
+        };
+        put_entry(out, id, st, flags, valid);
         Ok(id)
     }
 
@@ -373,34 +401,39 @@ pub(super) fn open_new(
 /// The attributes of `name` in `dir`, or of `dir` for an empty name.
 pub(super) fn stat_at(dir: BorrowedFd<'_>, name: &CStr) -> Result<Statx, Errno> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
-    let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
+    let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID | MNT_ID_UNIQUE;
     rustix::fs::statx(dir, name, flags, mask)
 }
 
 fn key_of(
-    births: &Mutex<HashMap<u64, bool>>,
+    mounts: &Mutex<HashMap<u64, MountFacts>>,
     dir: BorrowedFd<'_>,
     name: &CStr,
     st: &Statx,
-) -> Result<Key, Errno> {
-    let lock = || births.lock().unwrap_or_else(PoisonError::into_inner);
+) -> Result<(Key, MountFacts), Errno> {
+    let lock = || mounts.lock().unwrap_or_else(PoisonError::into_inner);
     let known = lock().get(&st.stx_mnt_id).copied();
-    let stable = match known {
-        Some(stable) => stable,
+    let facts = match known {
+        Some(facts) => facts,
         None => {
-            let magic = match name.is_empty() {
-                true => rustix::fs::fstatfs(dir)?.f_type,
-                false => rustix::fs::fstatfs(open_path(dir, name)?)?.f_type,
+            let fs = match name.is_empty() {
+                true => rustix::fs::fstatfs(dir)?,
+                false => rustix::fs::fstatfs(open_path(dir, name)?)?,
             };
-            let mut facts = lock();
-            let room = facts.len() < MOUNT_FACTS_MAX;
-            room && *facts
-                .entry(st.stx_mnt_id)
-                .or_insert(magic != OVERLAYFS_MAGIC)
+            let facts = MountFacts {
+                births_stable: fs.f_type != OVERLAYFS_MAGIC,
+                restricted: super::confine::is_restricted(&fs),
+            };
+            let mut mounts = lock();
+            if mounts.len() >= MOUNT_FACTS_MAX {
+                mounts.clear();
+            }
+            mounts.insert(st.stx_mnt_id, facts);
+            facts
         }
     };
     let has_birth = st.stx_mask & StatxFlags::BTIME.bits() != 0;
-    let born = match stable && has_birth {
+    let born = match facts.births_stable && has_birth {
         true => st
             .stx_btime
             .tv_sec
@@ -408,13 +441,14 @@ fn key_of(
             .wrapping_add(i64::from(st.stx_btime.tv_nsec)),
         false => 0,
     };
-    Ok(Key {
+    let key = Key {
         mount: st.stx_mnt_id,
         dev: u64::from(st.stx_dev_major) << 32 | u64::from(st.stx_dev_minor),
         ino: st.stx_ino,
         kind: u32::from(st.stx_mode) & libc::S_IFMT,
         born,
-    })
+    };
+    Ok((key, facts))
 }
 
 /// The file is not where it was: the guest must look it up again.
@@ -425,10 +459,10 @@ fn moved_away(errno: Errno) -> Errno {
     }
 }
 
-fn put_entry(out: &mut Vec<u8>, id: u64, st: &Statx, flags: u32) {
+fn put_entry(out: &mut Vec<u8>, id: u64, st: &Statx, flags: u32, valid_seconds: u64) {
     out.put_u64(id);
     out.put_u64(0); // node ids are never used again for another file, so there is one generation
-    out.put_u64(VALID_SECONDS);
+    out.put_u64(valid_seconds);
     out.put_u64(VALID_SECONDS);
     out.put_u32(0);
     out.put_u32(0);

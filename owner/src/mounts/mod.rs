@@ -18,6 +18,14 @@ use std::path::Path;
 /// Longest option string of a mount (one page, `mount(2)`), in bytes.
 pub const OPTIONS_MAX_BYTES: usize = 4095;
 
+/// The attributes that every mount of a share has: what is a device, a setuid program, a program or a link to the guest is none to the
+/// host. The VMM gives them to what is in the tree when it starts; to what is mounted later the owner does, before he attaches it
+/// (what is set on it then does not travel), or the guest is refused it.
+pub const SHARE_ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
+    .union(MountAttrFlags::MOUNT_ATTR_NODEV)
+    .union(MountAttrFlags::MOUNT_ATTR_NOEXEC)
+    .union(MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW);
+
 /// A mount namespace of this thread alone (which also unshares its root and working directory), from which nothing
 /// propagates back.
 ///

@@ -26,7 +26,8 @@ pub fn set_attributes(tree: &OwnedFd, attributes: MountAttrFlags) -> io::Result<
 pub enum Propagation {
     /// Tells its copies, and listens to those that are shared.
     Shared,
-    /// Listens to the shared tree that it is a copy of.
+    /// Listens to the shared tree that it is a copy of, but not while it is attached nowhere (`propagate_one`, fs/pnode.c): a mount
+    /// that is to arrive at a VM is made when its guest runs, or before the copy.
     Slave,
 }
 

@@ -20,8 +20,8 @@ pub use rootfs::{Mount, Root, RootError};
 use crate::spec::Volume;
 
 use capsid_owner::mounts::{
-    MountAttrFlags, Propagation, attach, clone_tree, enter_private_namespace, make_directory, put,
-    set_attributes, set_propagation, tmpfs,
+    MountAttrFlags, Propagation, SHARE_ATTRIBUTES, attach, clone_tree, enter_private_namespace,
+    make_directory, put, set_attributes, set_propagation, tmpfs,
 };
 use rustix::fs::{AtFlags, CWD};
 use rustix::mount::UnmountFlags;
@@ -36,12 +36,6 @@ use tokio::sync::oneshot;
 const TREE_MAX_BYTES: u64 = 16 << 20;
 /// Most directories and mount points of it.
 const TREE_MAX_INODES: u64 = 64 << 10;
-/// The attributes of every mount of the tree: what is a device, a setuid program, a program or a link to the guest is none to the host.
-const RESTRICTED: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NODEV
-    .union(MountAttrFlags::MOUNT_ATTR_NOSUID)
-    .union(MountAttrFlags::MOUNT_ATTR_NOEXEC)
-    .union(MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW);
-
 /// Why a container is not in the tree.
 #[derive(Debug, thiserror::Error)]
 pub enum ShareError {
@@ -189,7 +183,7 @@ impl Mounts {
             tmpfs(TREE_MAX_BYTES, TREE_MAX_INODES).map_err(step("mount the tree's tmpfs"))?;
         // Anywhere: the namespace is private, and everything from here on goes through the fd.
         attach(&tree, CWD, Path::new("/")).map_err(step("attach the tree's tmpfs"))?;
-        set_attributes(&tree, RESTRICTED).map_err(step("restrict the tree"))?;
+        set_attributes(&tree, SHARE_ATTRIBUTES).map_err(step("restrict the tree"))?;
         set_propagation(&tree, Propagation::Shared).map_err(step("share the tree"))?;
         let scratch = tmpfs(TREE_MAX_BYTES, TREE_MAX_INODES).map_err(step("mount a tmpfs"))?;
         attach(&scratch, CWD, Path::new("/")).map_err(step("attach a tmpfs"))?;
@@ -237,7 +231,7 @@ impl Mounts {
     ) -> Result<(), ShareError> {
         let directory = Path::new(id);
         make_directory(&self.tree, directory).map_err(step("make the container's directory"))?;
-        set_attributes(root, RESTRICTED).map_err(step("restrict the root file system"))?;
+        set_attributes(root, SHARE_ATTRIBUTES).map_err(step("restrict the root file system"))?;
         let place = directory.join("rootfs");
         put(root, &self.tree, &place, true).map_err(step("attach the root file system"))?;
         let directory = directory.join("volumes");
@@ -298,7 +292,7 @@ fn open_volume(volume: &Volume) -> Result<(OwnedFd, bool), ShareError> {
     if !kind.is_dir() && !kind.is_file() {
         return Err(ShareError::VolumeKind(volume.source.clone()));
     }
-    let mut attributes = RESTRICTED;
+    let mut attributes = SHARE_ATTRIBUTES;
     if volume.read_only {
         attributes |= MountAttrFlags::MOUNT_ATTR_RDONLY;
     }

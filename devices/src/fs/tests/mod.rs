@@ -7,6 +7,7 @@
 mod host;
 mod hostile;
 mod kernel;
+mod mounts;
 mod names;
 mod privileges;
 mod scale;

@@ -112,7 +112,7 @@ fn a_read_only_volume_is_read_only_whatever_the_guest_asks() {
 }
 
 /// What `file` below `/proc/self/task/<tid>` says of each sealed thread.
-fn of_each_thread(file: &str) -> Vec<String> {
+pub(super) fn of_each_thread(file: &str) -> Vec<String> {
     let mut found = Vec::new();
     for task in std::fs::read_dir("/proc/self/task").unwrap() {
         let task = task.unwrap().path();
