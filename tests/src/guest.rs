@@ -1,5 +1,5 @@
 //! A VM with our agent in it and the test as its owner: the test starts `capsid-vmm`, takes the agent's one connection and
-//! calls it as `capsid` does. Containers live in the guest's initramfs, so nothing is shared with the host.
+//! calls it as `capsid` does. Containers live in the guest's initramfs, so nothing is shared with the host but a share that a test brings.
 //!
 //! Every wait has a deadline, and the VMM is killed when the guest is dropped.
 
@@ -11,7 +11,7 @@ use capsid_protocol::agent::{
 };
 use capsid_protocol::machine::{
     CONFIG_VERSION, Cpus, DiskConfig, FdNumber, GuestDial, JailConfig, MachineConfig, MemoryMib,
-    VsockConfig,
+    ShareConfig, VsockConfig,
 };
 use capsid_protocol::vsock::{AGENT_RPC_PORT, AGENT_STREAM_PORT, OwnerMessage, StreamHeader};
 use nix::sys::socket::{
@@ -72,6 +72,18 @@ impl Guest {
     /// # Panics
     /// It does not come up.
     pub fn start(cpus: u64, cpus_max: u64, disks: &[Disk<'_>]) -> Guest {
+        Guest::boot(cpus, cpus_max, disks, None)
+    }
+
+    /// Boots a guest with one CPU that has `tree` as its share.
+    ///
+    /// # Panics
+    /// It does not come up.
+    pub fn with_share(tree: &OwnedFd) -> Guest {
+        Guest::boot(1, 1, &[], Some(tree))
+    }
+
+    fn boot(cpus: u64, cpus_max: u64, disks: &[Disk<'_>], share: Option<&OwnedFd>) -> Guest {
         let kernel = File::open(crate::capsid::kernel()).expect("the guest kernel");
         let mut initramfs = memfd("initramfs").expect("memory");
         initramfs.write_all(&initramfs_with_box()).expect("memory");
@@ -110,7 +122,10 @@ impl Guest {
                     connections: 1,
                 }],
             }),
-            shares: Vec::new(),
+            shares: share
+                .map(|tree| share_config(number(tree)))
+                .into_iter()
+                .collect(),
             disks: disks.iter().map(disk_config).collect(),
             nics: Vec::new(),
             serial: None,
@@ -172,13 +187,48 @@ impl Guest {
     /// # Panics
     /// It does not start.
     pub fn sleeper(&mut self, id: &str) {
+        self.create(id, &spec(), 0).expect("created");
+        self.start_created(id);
+    }
+
+    /// Creates a container whose output goes to a stream, or with 0 nowhere.
+    ///
+    /// # Errors
+    /// The agent refuses.
+    pub fn create(&self, id: &str, spec: &Value, stdout: u64) -> ttrpc::Result<()> {
         let request = CreateContainerRequest {
             container_id: id.into(),
-            spec_json: spec().to_string().into_bytes(),
+            spec_json: spec.to_string().into_bytes(),
+            stdio: Some(StreamIds {
+                stdout,
+                ..Default::default()
+            })
+            .into(),
             ..Default::default()
         };
-        let created = self.agent.create_container(context(), &request);
-        created.expect("created");
+        self.agent.create_container(context(), &request).map(drop)
+    }
+
+    /// Runs a container from its creation to its deletion; its exit status and its output.
+    ///
+    /// # Panics
+    /// A call is refused.
+    pub fn run(&mut self, id: &str, spec: &Value) -> (u32, String) {
+        let (stdout, mut output) = self.dial();
+        self.create(id, spec, stdout).expect("created");
+        self.start_created(id);
+        let mut text = String::new();
+        output.read_to_string(&mut text).expect("its output");
+        let request = ProcessRequest {
+            container_id: id.into(),
+            ..Default::default()
+        };
+        let ended = self.agent.wait(context(), &request).expect("ended");
+        self.agent.delete(context(), &request).expect("deleted");
+        (ended.exit_status, text)
+    }
+
+    fn start_created(&self, id: &str) {
         let request = StartContainerRequest {
             container_id: id.into(),
             ..Default::default()
@@ -243,6 +293,13 @@ impl Guest {
     }
 }
 
+fn share_config(tree_fd: FdNumber) -> ShareConfig {
+    ShareConfig {
+        tag: "capsid".to_owned(),
+        tree_fd,
+    }
+}
+
 fn disk_config(disk: &Disk<'_>) -> DiskConfig {
     DiskConfig {
         fd: inherited(&disk.file.as_fd()).expect("an fd for the VMM"),
@@ -287,7 +344,8 @@ fn initramfs_with_box() -> Vec<u8> {
     bytes
 }
 
-fn spec() -> Value {
+/// A config.json of a container that only sleeps, in the initramfs.
+pub fn spec() -> Value {
     // For the nodes of disks that come and go.
     let mknod = json!(["CAP_MKNOD"]);
     json!({

@@ -15,4 +15,5 @@ pub mod guest;
 pub mod ledger;
 pub mod pty;
 pub mod tap;
+pub mod tree;
 pub mod vmm;

@@ -32,6 +32,8 @@ mod phases;
 mod refusals;
 #[path = "system/run.rs"]
 mod run;
+#[path = "system/share.rs"]
+mod share;
 #[path = "system/streams.rs"]
 mod streams;
 #[path = "system/tty.rs"]
