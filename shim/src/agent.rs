@@ -35,7 +35,7 @@ pub enum AgentError {
         text: String,
     },
     /// The program cannot be executed. The words are those that containerd's clients look for, which know runc's.
-    #[error("exec: {program:?}: {}", words(*.kind))]
+    #[error("exec: {program}: {}", words(*.kind, .program))]
     Exec {
         /// How.
         kind: ExecError,
@@ -52,9 +52,10 @@ pub enum AgentError {
     },
 }
 
-fn words(kind: ExecError) -> &'static str {
+fn words(kind: ExecError, program: &str) -> &'static str {
     match kind {
-        ExecError::NotFound => "executable file not found in $PATH: no such file or directory",
+        ExecError::NotFound if program.contains('/') => "stat: no such file or directory",
+        ExecError::NotFound => "executable file not found in $PATH",
         ExecError::NotExecutable => "permission denied",
     }
 }
@@ -258,6 +259,7 @@ fn failed(call: &'static str) -> impl FnOnce(ttrpc::Error) -> AgentError {
             };
         };
         if let Some((kind, program)) = ExecError::parse(&status.message) {
+            let program = program.strip_suffix(" in PATH").unwrap_or(program);
             return AgentError::Exec {
                 kind,
                 program: shown(program),
@@ -282,12 +284,19 @@ mod tests {
 
     #[test]
     fn a_missing_program_is_told_in_the_words_that_clients_look_for() {
-        let error = refusal(&format!("{}nope", ExecError::NotFound.prefix()));
-        let text = error.to_string();
-        assert!(
-            text.contains("exec: \"nope\": executable file not found"),
-            "{text}"
-        );
+        for (program, words) in [
+            (
+                "\"nope\" in PATH",
+                "exec: \"nope\": executable file not found in $PATH",
+            ),
+            (
+                "\"/no/such\"",
+                "exec: \"/no/such\": stat: no such file or directory",
+            ),
+        ] {
+            let error = refusal(&format!("{}{program}", ExecError::NotFound.prefix()));
+            assert_eq!(error.to_string(), words);
+        }
     }
 
     #[test]

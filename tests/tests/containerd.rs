@@ -7,6 +7,8 @@
 
 #[path = "containerd/events.rs"]
 mod events;
+#[path = "containerd/faults.rs"]
+mod faults;
 #[path = "containerd/leaks.rs"]
 mod leaks;
 #[path = "containerd/restarts.rs"]
@@ -71,3 +73,28 @@ macro_rules! each_containerd {
 
 each_containerd!(runc, capsid_tests::containerd::Runtime::Runc);
 each_containerd!(capsid, capsid_tests::containerd::Runtime::Capsid);
+
+/// The scenarios of what only Capsid has.
+macro_rules! of_vms {
+    ($release:ident) => {
+        scenarios! {
+            capsid_tests::containerd::Release::$release, capsid_tests::containerd::Runtime::Capsid;
+            faults::a_killed_shim_leaves_nothing,
+            faults::a_killed_vmm_is_137_for_its_container,
+            faults::a_pod_is_one_vm,
+            faults::a_vm_that_stands_still_is_answered_for_and_killed,
+        }
+    };
+}
+
+mod vms {
+    mod v1_7 {
+        of_vms!(V1_7);
+    }
+    mod v2_1 {
+        of_vms!(V2_1);
+    }
+    mod v2_3 {
+        of_vms!(V2_3);
+    }
+}
