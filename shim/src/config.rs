@@ -265,3 +265,7 @@ fn truth(value: &Value) -> Result<bool, String> {
         .as_bool()
         .ok_or_else(|| "expected true or false".to_owned())
 }
+
+#[cfg(test)]
+#[path = "config_tests.rs"]
+mod tests;

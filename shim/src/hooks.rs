@@ -419,3 +419,7 @@ fn stderr_pipe() -> io::Result<(Receiver, OwnedFd)> {
     let (ours, theirs) = rustix::pipe::pipe_with(PipeFlags::CLOEXEC)?;
     Ok((Receiver::from_owned_fd(ours)?, theirs))
 }
+
+#[cfg(test)]
+#[path = "hooks_tests.rs"]
+mod tests;

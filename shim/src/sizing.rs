@@ -62,9 +62,9 @@ pub enum SizeError {
     },
     /// The cgroups leave too little.
     #[error(
-        "a memory limit of {limit_mib} MiB leaves {left_mib} MiB for the VM's guest after {} MiB for its VMM, and a guest needs {}: raise the limits of the \
-         pod, or set overhead.podFixed.memory of its RuntimeClass to {}Mi",
-        VMM_OVERHEAD_MIB, MemoryMib::MIN, VMM_OVERHEAD_MIB + GUEST_OVERHEAD_MIB
+        "a memory limit of {limit_mib} MiB leaves {left_mib} MiB for the guest after {VMM_OVERHEAD_MIB} MiB for its VMM, and a guest needs {least}: give \
+         the pod at least {all} MiB, by its limits or by overhead.podFixed of its RuntimeClass, of which {cost} MiB are the cost of a VM",
+        least = MemoryMib::MIN, all = VMM_OVERHEAD_MIB + MemoryMib::MIN, cost = VMM_OVERHEAD_MIB + GUEST_OVERHEAD_MIB
     )]
     TooLittle {
         /// The tightest memory.max above the VM.
@@ -218,3 +218,7 @@ fn cpus(limit: Option<(u64, u64)>, host: &Host, config: &Config) -> Cpus {
     // From 1 to the most that a VM can have.
     Cpus::try_from(wanted.clamp(1, most)).unwrap_or(config.cpus)
 }
+
+#[cfg(test)]
+#[path = "sizing_tests.rs"]
+mod tests;
