@@ -7,11 +7,11 @@
 
 use capsid_owner::escape::Line;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, XattrFlags, getxattr, setxattr};
 use std::ffi::OsStr;
 use std::fmt;
 use std::fs::{self, File};
-use std::io::{self, Read, Seek};
+use std::io::{self, Read, Seek, Write};
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -23,6 +23,8 @@ const PATH_MAX_BYTES: usize = 4096;
 const NAME_MAX_BYTES: usize = 255;
 /// Longest file read, in bytes: each that is read here has a few lines.
 const FILE_MAX_BYTES: u64 = 4096;
+/// The extended attribute that says whose a cgroup is. Kernels have it for cgroups since 5.7, and it goes with the cgroup.
+const MARK: &str = "user.capsid";
 /// How long killed processes may take to be gone.
 const EMPTY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -228,17 +230,40 @@ impl Hierarchy {
             io::ErrorKind::ReadOnlyFilesystem => CgroupError::ReadOnly { path: path.clone() },
             _ => failed("making", &path)(cause),
         })?;
-        let cgroup = Cgroup { path, gone: false };
-        if cgroup.is_populated()? {
-            return Err(cgroup.disown());
+        if is_populated(&path)? {
+            return Err(CgroupError::InUse { path });
         }
+        let cgroup = Cgroup { path, gone: false };
+        let marked = setxattr(&cgroup.path, MARK, b"1", XattrFlags::empty());
+        marked.map_err(|errno| failed("marking", &cgroup.path)(errno.into()))?;
         Ok(cgroup)
     }
 
-    /// The cgroup in this place, if there is one: what a shim that was killed has left.
-    pub fn existing(&self, place: &CgroupPath) -> Option<Cgroup> {
+    /// Moves a process into a cgroup that is there: the shim itself, where containerd's configuration wants it (`ShimCgroup`).
+    ///
+    /// # Errors
+    /// There is no such cgroup, or it takes no processes.
+    pub fn enter(&self, place: &CgroupPath, pid: u32) -> Result<(), CgroupError> {
+        let path = self.root.join(&place.0).join("cgroup.procs");
+        // Not `fs::write`, which would make the file in a directory that is no cgroup.
+        let opened = File::options().write(true).open(&path);
+        let mut file = opened.map_err(failed("opening", &path))?;
+        let written = file.write_all(pid.to_string().as_bytes());
+        written.map_err(failed("writing", &path))
+    }
+
+    /// What a shim that was killed has left in this place: a cgroup that one has made, or an empty one. Not one of somebody else, who was there first.
+    ///
+    /// # Errors
+    /// It cannot be looked at.
+    pub fn left(&self, place: &CgroupPath) -> Result<Option<Cgroup>, CgroupError> {
         let path = self.root.join(&place.0);
-        path.is_dir().then_some(Cgroup { path, gone: false })
+        let marked = getxattr(&path, MARK, &mut [0; 8]).is_ok();
+        match is_populated(&path) {
+            Err(CgroupError::File { cause, .. }) if is_gone(&cause) => Ok(None),
+            Ok(true) if !marked => Ok(None),
+            looked => looked.map(|_| Some(Cgroup { path, gone: false })),
+        }
     }
 }
 
@@ -280,20 +305,6 @@ impl Cgroup {
             Err(cause) if is_gone(&cause) => Ok(()),
             removed => removed.map_err(failed("removing", &self.path)),
         }
-    }
-
-    /// Not to be removed by us.
-    fn disown(mut self) -> CgroupError {
-        self.gone = true;
-        CgroupError::InUse {
-            path: self.path.clone(),
-        }
-    }
-
-    fn is_populated(&self) -> Result<bool, CgroupError> {
-        let path = self.path.join("cgroup.events");
-        let mut file = File::open(&path).map_err(failed("opening", &path))?;
-        read_populated(&mut file).map_err(failed("reading", &path))
     }
 
     /// The kernel wakes pollers of cgroup.events when it changes.
@@ -341,6 +352,12 @@ fn is_gone(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
+fn is_populated(cgroup: &Path) -> Result<bool, CgroupError> {
+    let path = cgroup.join("cgroup.events");
+    let mut file = File::open(&path).map_err(failed("opening", &path))?;
+    read_populated(&mut file).map_err(failed("reading", &path))
+}
+
 fn read_populated(file: &mut File) -> io::Result<bool> {
     let mut text = String::new();
     file.rewind()?;
@@ -376,3 +393,7 @@ fn cpu_max(text: &str) -> Option<Option<(u64, u64)>> {
         (quota, period) => Some(Some((quota.parse().ok()?, period.parse().ok()?))),
     }
 }
+
+#[cfg(test)]
+#[path = "cgroup_tests.rs"]
+mod tests;

@@ -92,7 +92,7 @@ fn end(record: &Record) -> Result<(), DeleteError> {
     let place = record.cgroup.as_ref();
     let place = place.and_then(|place| CgroupPath::parse(Path::new(place)).ok());
     if let (Some(place), Ok(hierarchy)) = (place, Hierarchy::find()) {
-        if let Some(cgroup) = hierarchy.existing(&place) {
+        if let Some(cgroup) = hierarchy.left(&place).map_err(DeleteError::Cgroup)? {
             cgroup.remove().map_err(DeleteError::Cgroup)?;
         }
     }
