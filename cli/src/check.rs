@@ -3,7 +3,7 @@
 
 use crate::abort::{Abort, Aborted};
 use crate::args::{CheckArgs, MachineArgs};
-use crate::host::{self, KvmKind};
+use crate::host;
 use crate::image::cache::{Cache, DEFAULT_DIRECTORY};
 use crate::share::{self, Plan, Root};
 use crate::vm::agent::{Agent, AgentError};
@@ -11,6 +11,7 @@ use crate::vm::{Machine, News};
 use crate::{chain, quantity};
 use capsid_owner::end::{Ended, How};
 use capsid_owner::files::Part;
+use capsid_owner::host::{KVM_DEVICE, KvmError, KvmKind, kvm, memory};
 use capsid_owner::machine::Parts;
 use capsid_protocol::agent::StartSandboxResponse;
 use capsid_protocol::exit::VmmExit;
@@ -143,8 +144,8 @@ fn machine_items() -> Vec<Item> {
     vec![
         user_item(rustix::process::geteuid().is_root()),
         kernel_item(&host::kernel_release()),
-        kvm_item(host::kvm()),
-        memory_item(host::memory(), host::cgroup_memory_limit()),
+        kvm_item(kvm()),
+        memory_item(memory(), host::cgroup_memory_limit()),
         Item::ok(
             "cgroups",
             format!("{} (capsid run does not need them)", host::cgroups()),
@@ -179,11 +180,12 @@ fn kernel_item(release: &str) -> Item {
     }
 }
 
-fn kvm_item(kvm: Result<KvmKind, host::KvmError>) -> Item {
+fn kvm_item(kvm: Result<KvmKind, KvmError>) -> Item {
     let result = kvm.and_then(|kind| match kind {
-        KvmKind::Hardware(name) => Ok(format!("{}: hardware ({name})", host::KVM_DEVICE)),
-        KvmKind::Software(modules) => Err(host::KvmError::Software {
+        KvmKind::Hardware(name) => Ok(format!("{}: hardware ({name})", KVM_DEVICE)),
+        KvmKind::Software(modules) => Err(KvmError::Software {
             modules: modules.join(", "),
+            otherwise: host::WITH_SOFTWARE_KVM,
         }),
     });
     Item::from_result("kvm", result)
@@ -245,7 +247,7 @@ fn mount_item() -> Item {
         },
         volumes: Vec::new(),
         files: Vec::new(),
-        host_memory_bytes: host::memory().0,
+        host_memory_bytes: memory().0,
     });
     let text = "overlay, tmpfs and detached mount trees work";
     Item::from_result("mounts", made.map(|_| text.to_owned()))
@@ -304,7 +306,7 @@ fn boot(
         initramfs: Part::Initramfs.open(&args.find(Part::Initramfs)?)?,
         share: None,
         cpus: quantity::cpus("1")?,
-        memory: quantity::memory(BOOT_MEMORY, host::memory().0)?,
+        memory: quantity::memory(BOOT_MEMORY, memory().0)?,
         console: false,
         cgroup: None,
     };
@@ -392,7 +394,7 @@ mod tests {
 
     #[test]
     fn an_absent_kvm_is_missing_and_named() {
-        let item = kvm_item(Err(host::KvmError::Absent));
+        let item = kvm_item(Err(KvmError::Absent));
         assert_eq!(item.state, State::Missing);
         assert!(item.text.contains("/dev/kvm does not exist"));
     }

@@ -5,6 +5,7 @@
 //! - [`channel`]: the owner channel, over which the two hand each other connections of the guest.
 //! - [`end`]: what the end of a VMM says, and to whom.
 //! - [`mounts`]: detached mounts, of which a share's tree is made.
+//! - [`host`]: the KVM and the memory of this machine.
 //! - [`escape`]: bytes of strangers, made fit to be shown.
 //!
 //! No thread is started here and nothing waits, but for the fork and exec of a VMM: how to wait is the owner's choice. What a VMM sends is
@@ -14,6 +15,7 @@ pub mod channel;
 pub mod end;
 pub mod escape;
 pub mod files;
+pub mod host;
 pub mod machine;
 pub mod mounts;
 mod spawn;

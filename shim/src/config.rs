@@ -6,6 +6,7 @@
 mod options;
 
 use capsid_owner::escape::Line;
+use capsid_owner::host::{KvmError, usable_kvm};
 use capsid_protocol::machine::{Cpus, MemoryMib};
 use rustix::fs::{Mode, OFlags};
 use std::fs::File;
@@ -18,6 +19,9 @@ pub use options::{Options, OptionsError};
 
 /// Where the file is, if there is one.
 pub const CONFIG_PATH: &str = "/etc/capsid/config.toml";
+/// What can be done where KVM is software.
+const WITH_SOFTWARE_KVM: &str =
+    "or insist with allow_software_kvm = true in /etc/capsid/config.toml";
 /// Longest file, in bytes.
 const CONFIG_MAX_BYTES: usize = 64 * 1024;
 /// Memory of a VM without a limit: as Kata's. What the guest does not use costs the host nothing, and what it frees goes back by free page
@@ -170,6 +174,14 @@ impl Config {
             }
             read => read,
         }
+    }
+
+    /// Whether VMs can be started on this host.
+    ///
+    /// # Errors
+    /// KVM is not there, or is software and this is not allowed.
+    pub fn check_kvm(&self) -> Result<(), KvmError> {
+        usable_kvm(self.allow_software_kvm, WITH_SOFTWARE_KVM).map(drop)
     }
 
     fn read(path: &Path) -> Result<Config, ConfigError> {

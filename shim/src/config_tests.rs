@@ -175,6 +175,20 @@ fn a_named_file_must_be_there_and_be_one() {
 }
 
 #[test]
+fn software_kvm_is_refused_with_the_key_that_allows_it() {
+    assert!(WITH_SOFTWARE_KVM.ends_with(CONFIG_PATH));
+    let key = WITH_SOFTWARE_KVM.split_whitespace().nth(3);
+    assert!(KEYS.iter().any(|(name, _)| Some(*name) == key));
+    let refused = Config::default().check_kvm();
+    let allowed = parsed("allow_software_kvm = true").check_kvm();
+    // What this machine has decides; what it says of software is the same everywhere.
+    if let (Err(KvmError::Software { otherwise, .. }), allowed) = (refused, allowed) {
+        assert_eq!(otherwise, WITH_SOFTWARE_KVM);
+        allowed.expect("allowed");
+    }
+}
+
+#[test]
 fn options_come_as_either_message() {
     assert_eq!(Options::decode(None).expect("none"), Options::default());
     assert_eq!(

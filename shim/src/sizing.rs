@@ -11,6 +11,7 @@ use crate::cgroup::Room;
 use crate::config::Config;
 use crate::spec::Role;
 use capsid_owner::escape::Line;
+use capsid_owner::host;
 use capsid_protocol::machine::{Cpus, MemoryMib};
 use oci_spec::runtime::Spec;
 
@@ -86,11 +87,9 @@ pub enum SizeError {
 impl Host {
     /// This host.
     pub fn read() -> Host {
-        let info = rustix::system::sysinfo();
-        let memory = u64::from(info.mem_unit).saturating_mul(info.totalram);
         let cpus = std::thread::available_parallelism();
         Host {
-            memory_bytes: memory,
+            memory_bytes: host::memory().0,
             cpus: cpus.map_or(1, |cpus| cpus.get() as u64),
         }
     }

@@ -13,7 +13,7 @@ pub(crate) use verdict::{Verdict, unreached};
 
 use crate::abort::{Abort, Aborted};
 use crate::args::RunArgs;
-use crate::host::{self, KvmError};
+use crate::host::WITH_SOFTWARE_KVM;
 use crate::image::cache::{Cache, CacheError, DEFAULT_DIRECTORY};
 use crate::image::tree::{Below, Tree};
 use crate::image::{self, ImageError};
@@ -26,6 +26,7 @@ use crate::users::{Accounts, UserError};
 use crate::volume::{self, Volume, VolumeError};
 use capsid_owner::end::Ended;
 use capsid_owner::files::{FileError, Part};
+use capsid_owner::host::{self, KvmError};
 use capsid_owner::machine::{self, Parts, StartError};
 use capsid_protocol::machine::{Cpus, MemoryMib};
 use session::Session;
@@ -190,7 +191,7 @@ fn check(args: &RunArgs) -> Result<Checked, RunError> {
     if !rustix::process::geteuid().is_root() {
         return Err(RunError::NotRoot);
     }
-    host::usable_kvm(args.machine.allow_software_kvm)?;
+    host::usable_kvm(args.machine.allow_software_kvm, WITH_SOFTWARE_KVM)?;
     let vmm = args.machine.find(Part::Vmm)?;
     machine::is_executable(&vmm)?;
     let kernel = Part::Kernel.open(&args.machine.find(Part::Kernel)?)?;
