@@ -64,6 +64,28 @@ fn every_key_has_its_place() {
 }
 
 #[test]
+fn the_page_about_it_has_every_key_and_what_holds_without_it() {
+    let page = include_str!("../../docs/configuration.md");
+    let example = page
+        .split("```")
+        .nth(1)
+        .and_then(|text| text.strip_prefix("toml"));
+    let example = example.expect("an example");
+    assert_eq!(parsed(example), Config::default());
+    for (key, _) in KEYS {
+        let is_key = |line: &str| {
+            line.trim_start_matches("# ")
+                .starts_with(&format!("{key} = "))
+        };
+        assert_eq!(
+            example.lines().filter(|line| is_key(line)).count(),
+            1,
+            "{key}"
+        );
+    }
+}
+
+#[test]
 fn an_unknown_key_is_refused_with_the_nearest() {
     assert_eq!(
         refused("memory = 1"),

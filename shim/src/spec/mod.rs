@@ -226,13 +226,14 @@ fn guest_path(id: &str) -> PathBuf {
 
 fn to_json(object: &impl Serialize) -> Result<Vec<u8>, Refusal> {
     let json = serde_json::to_vec(object);
-    let json = json.map_err(|error| refusal("it", format!("cannot be written again: {error}")))?;
+    let json =
+        json.map_err(|error| refusal("all of it", format!("cannot be written again: {error}")))?;
     if json.len() > SPEC_MAX_BYTES {
         let problem = format!(
             "{} bytes long for the guest, at most {SPEC_MAX_BYTES} are taken",
             json.len()
         );
-        return Err(refusal("it", problem));
+        return Err(refusal("all of it", problem));
     }
     Ok(json)
 }

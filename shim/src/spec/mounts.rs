@@ -153,7 +153,7 @@ fn guest_file_system(mount: &Mount, index: usize) -> Result<&'static str, Refusa
     let found = GUEST_FILE_SYSTEMS.into_iter().find(|name| *name == kind);
     found.ok_or_else(|| {
         let problem = format!(
-            "the file system {:?} needs something of the host: mount it there and bind mount it into the container",
+            "the file system \"{}\" needs something of the host: mount it there and bind mount it into the container",
             shown(kind)
         );
         refusal(field(index, "type"), problem)
