@@ -285,6 +285,8 @@ impl Pod {
             ));
         };
         let size = wished.size;
+        let usable = self.config()?.check_kvm();
+        usable.map_err(|error| refuse(Code::FAILED_PRECONDITION, chain(&error)))?;
         let began = Instant::now();
         let share = self.tree().await?.copy().await;
         let share = share.map_err(|error| internal(&error))?;
