@@ -6,6 +6,7 @@ pub mod bootstrap;
 pub mod cgroup;
 pub mod child;
 pub mod config;
+mod console;
 pub mod container;
 pub mod delete;
 pub mod error;

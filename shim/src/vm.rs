@@ -3,6 +3,7 @@
 //! The truth about it is the process: what `waitid(2)` says beats every message of the agent. What the VMM sends is hostile and bounded.
 
 use crate::agent::{Agent, AgentError};
+use crate::console;
 use crate::polled::polled;
 use capsid_owner::Owner;
 use capsid_owner::end::{Ended, How};
@@ -115,11 +116,15 @@ impl Vm {
         limit: Duration,
         (hostname, sysctls): (&str, &BTreeMap<String, String>),
     ) -> Result<(Vm, StartSandboxResponse), BootError> {
+        let pod = parts.id.clone();
         let started = tokio::task::spawn_blocking(move || machine::start(parts));
-        let started = started.await.unwrap_or_else(|error| {
+        let mut started = started.await.unwrap_or_else(|error| {
             let cause = io::Error::other(error);
             Err(machine::prepare("process")(cause))
         })?;
+        if let Some(console) = started.console.take() {
+            tokio::spawn(console::copy(pod, console));
+        }
         let (process, dialled) = watch_over(started).await?;
         let mut dialled = dialled;
         let stream = tokio::select! {

@@ -331,7 +331,7 @@ impl Pod {
             share: Some(share),
             cpus: size.cpus,
             memory: size.memory,
-            console: false,
+            console: config.debug_console,
             cgroup,
         })
     }
