@@ -134,15 +134,16 @@ const KEYS: [(&str, Set); 8] = [
     }),
     ("memory_mib", |config, value| {
         let memory =
-            number(value).and_then(|mib| MemoryMib::try_from(mib).map_err(|e| e.to_string()));
+            number(&value).and_then(|mib| MemoryMib::try_from(mib).map_err(|e| e.to_string()));
         set(&mut config.memory, memory)
     }),
     ("cpus", |config, value| {
-        let cpus = number(value).and_then(|count| Cpus::try_from(count).map_err(|e| e.to_string()));
+        let cpus =
+            number(&value).and_then(|count| Cpus::try_from(count).map_err(|e| e.to_string()));
         set(&mut config.cpus, cpus)
     }),
     ("boot_timeout_s", |config, value| {
-        set(&mut config.boot_timeout, seconds(value))
+        set(&mut config.boot_timeout, seconds(&value))
     }),
     ("allow_software_kvm", |config, value| {
         set(&mut config.allow_software_kvm, truth(&value))
@@ -258,14 +259,14 @@ fn path(value: Value) -> Result<PathBuf, String> {
     }
 }
 
-fn number(value: Value) -> Result<u64, String> {
+fn number(value: &Value) -> Result<u64, String> {
     let number = value
         .as_integer()
         .and_then(|number| u64::try_from(number).ok());
     number.ok_or_else(|| "expected a whole number that is not negative".to_owned())
 }
 
-fn seconds(value: Value) -> Result<Duration, String> {
+fn seconds(value: &Value) -> Result<Duration, String> {
     match number(value)? {
         seconds @ 1..=BOOT_TIMEOUT_MAX_S => Ok(Duration::from_secs(seconds)),
         seconds => Err(format!("{seconds} s: expected 1 to {BOOT_TIMEOUT_MAX_S}")),

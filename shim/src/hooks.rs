@@ -204,7 +204,7 @@ fn parse(kind: &str, hooks: &Option<Vec<SpecHook>>) -> Result<Vec<Hook>, Refusal
         for entry in hook.env().iter().flatten() {
             match entry.split_once('=') {
                 Some((name, value)) if !name.is_empty() => {
-                    env.push((name.to_owned(), value.to_owned()))
+                    env.push((name.to_owned(), value.to_owned()));
                 }
                 _ => {
                     return refuse(

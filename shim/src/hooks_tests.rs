@@ -37,18 +37,18 @@ fn shell(script: &str) -> Value {
     json!({"path": "/bin/sh", "args": ["hook", "-c", script], "env": ["PATH=/usr/bin:/bin"]})
 }
 
-fn hooks(all: Value) -> HostHooks {
+fn hooks(all: &Value) -> HostHooks {
     parsed(all).expect("hooks")
 }
 
-fn parsed(all: Value) -> Result<HostHooks, Refusal> {
+fn parsed(all: &Value) -> Result<HostHooks, Refusal> {
     let spec = json!({"ociVersion": "1.2.0", "hooks": all});
     let mut spec = serde_json::from_value(spec).expect("a spec");
     HostHooks::take(&mut spec)
 }
 
 fn poststart(script: &str) -> Vec<Hook> {
-    hooks(json!({"poststart": [shell(script)]})).started
+    hooks(&json!({"poststart": [shell(script)]})).started
 }
 
 async fn run_in(bundle: &Bundle, hooks: &[Hook]) -> Result<(), HookError> {
@@ -95,7 +95,7 @@ async fn a_hook_gets_the_state_its_arguments_its_environment_and_the_bundle() {
     let script = "cat > state; echo \"$0 $*\" > args; env > env";
     let mut hook = shell(script);
     hook["args"] = json!(["a hook", "-c", script, "named", "first"]);
-    run_in(&bundle, &hooks(json!({"createRuntime": [hook]})).create)
+    run_in(&bundle, &hooks(&json!({"createRuntime": [hook]})).create)
         .await
         .expect("run");
     let state: Value = serde_json::from_str(&bundle.text("state")).expect("JSON");
@@ -131,7 +131,7 @@ async fn a_stopped_container_has_no_pid() {
 #[tokio::test]
 async fn hooks_run_in_their_order_up_to_the_first_that_fails() {
     let bundle = Bundle::new();
-    let all = hooks(json!({
+    let all = hooks(&json!({
         "prestart": [shell("echo prestart >> ran")],
         "createRuntime": [shell("echo first >> ran; echo no network >&2; exit 7"), shell("echo second >> ran")]
     }));
@@ -150,7 +150,7 @@ async fn hooks_run_in_their_order_up_to_the_first_that_fails() {
 async fn every_hook_runs_where_failures_are_only_said() {
     let bundle = Bundle::new();
     let all = hooks(
-        json!({"poststop": [shell("kill -9 $$"), shell("echo second >> ran"), shell("exit 1")]}),
+        &json!({"poststop": [shell("kill -9 $$"), shell("echo second >> ran"), shell("exit 1")]}),
     );
     let annotations = HashMap::new();
     let failures = run_each(&all.stopped, &state(&bundle, &annotations)).await;
@@ -171,7 +171,7 @@ async fn a_hook_that_does_not_end_is_killed_with_its_children() {
     let mut hook = shell("sleep 1000 & echo $! > child; echo $$ > own; echo waiting >&2; wait");
     hook["timeout"] = json!(1);
     let started = Instant::now();
-    let all = hooks(json!({"createRuntime": [hook]}));
+    let all = hooks(&json!({"createRuntime": [hook]}));
     let error = run_in(&bundle, &all.create)
         .await
         .expect_err("killed")
@@ -239,7 +239,7 @@ async fn a_hook_that_does_not_read_its_state_is_run() {
 #[tokio::test]
 async fn a_program_that_is_not_there_is_named() {
     let bundle = Bundle::new();
-    let all = hooks(json!({"prestart": [{"path": "/no/such/hook"}]}));
+    let all = hooks(&json!({"prestart": [{"path": "/no/such/hook"}]}));
     let error = run_in(&bundle, &all.create)
         .await
         .expect_err("nothing to run");
@@ -276,7 +276,7 @@ fn hooks_that_cannot_run_are_refused() {
         ),
     ];
     for (all, field) in table {
-        assert_eq!(parsed(all).expect_err("refused").field, field);
+        assert_eq!(parsed(&all).expect_err("refused").field, field);
     }
-    assert_eq!(parsed(Value::Null).expect("none"), HostHooks::default());
+    assert_eq!(parsed(&Value::Null).expect("none"), HostHooks::default());
 }

@@ -89,8 +89,8 @@ impl Options {
             .iter()
         {
             match field {
-                2 => options.config_path = Some(text(field, value)?.into()),
-                3 => options.config_body = Some(text(field, value)?),
+                2 => options.config_path = Some(text(field, &value)?.into()),
+                3 => options.config_body = Some(text(field, &value)?),
                 _ => {}
             }
         }
@@ -110,14 +110,14 @@ impl Options {
         {
             match field {
                 3 => {
-                    let place = text(field, value)?;
+                    let place = text(field, &value)?;
                     let place =
                         Some(Path::new(&place)).filter(|place| !place.as_os_str().is_empty());
                     let parsed = place.map(CgroupPath::parse).transpose();
                     options.shim_cgroup = parsed.map_err(OptionsError::ShimCgroup)?;
                 }
-                4 => options.io_owner.0 = number(field, value)?,
-                5 => options.io_owner.1 = number(field, value)?,
+                4 => options.io_owner.0 = number(field, &value)?,
+                5 => options.io_owner.1 = number(field, &value)?,
                 _ => {}
             }
         }
@@ -133,7 +133,7 @@ fn fields(name: &'static str, message: &[u8]) -> Result<Empty, OptionsError> {
     })
 }
 
-fn text(field: u32, value: UnknownValueRef<'_>) -> Result<String, OptionsError> {
+fn text(field: u32, value: &UnknownValueRef<'_>) -> Result<String, OptionsError> {
     match value {
         UnknownValueRef::LengthDelimited(bytes) => {
             String::from_utf8(bytes.to_vec()).map_err(|_| OptionsError::Field { field })
@@ -142,10 +142,10 @@ fn text(field: u32, value: UnknownValueRef<'_>) -> Result<String, OptionsError> 
     }
 }
 
-fn number(field: u32, value: UnknownValueRef<'_>) -> Result<u32, OptionsError> {
+fn number(field: u32, value: &UnknownValueRef<'_>) -> Result<u32, OptionsError> {
     match value {
         UnknownValueRef::Varint(value) => {
-            u32::try_from(value).map_err(|_| OptionsError::Field { field })
+            u32::try_from(*value).map_err(|_| OptionsError::Field { field })
         }
         _ => Err(OptionsError::Field { field }),
     }

@@ -58,7 +58,7 @@ fn join(kind: &str, path: &str) -> Value {
     json!({"type": kind, "path": path})
 }
 
-fn linux(cgroups_path: &str, namespaces: Vec<Value>) -> Value {
+fn linux(cgroups_path: &str, namespaces: &[Value]) -> Value {
     json!({
         "cgroupsPath": cgroups_path,
         "namespaces": namespaces,
@@ -92,7 +92,7 @@ pub(super) fn cri_pause() -> Value {
     let mut namespaces = new(&["pid", "ipc", "uts", "mount"]);
     namespaces.push(join("network", "/var/run/netns/cni-3a4d0c2e"));
     let place = format!("/kubepods/burstable/pod8d6f0f1e/{SANDBOX}");
-    let mut linux = linux(&place, namespaces);
+    let mut linux = linux(&place, &namespaces);
     linux["sysctl"] = json!({"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 2147483647",
                              "kernel.shm_rmid_forced": "1"});
     json!({
@@ -170,7 +170,7 @@ fn cri_container(place: &str, version: &str) -> Value {
             "io.kubernetes.cri.sandbox-id": SANDBOX,
             "io.kubernetes.cri.image-name": "example.org/nginx:1"
         },
-        "linux": linux(place, namespaces)
+        "linux": linux(place, &namespaces)
     })
 }
 
@@ -201,7 +201,7 @@ pub(super) fn crio() -> Value {
         "hostname": "web-0",
         "mounts": mounts,
         "annotations": {"io.kubernetes.cri-o.ContainerType": "container", "io.kubernetes.cri-o.SandboxID": SANDBOX},
-        "linux": linux(&place, namespaces)
+        "linux": linux(&place, &namespaces)
     })
 }
 
@@ -223,7 +223,7 @@ pub(super) fn ctr() -> Value {
         "process": process(&["sh"]),
         "root": {"path": "rootfs"},
         "mounts": mounts,
-        "linux": linux("/default/c1", namespaces)
+        "linux": linux("/default/c1", &namespaces)
     })
 }
 
@@ -269,7 +269,7 @@ pub(super) fn docker() -> Value {
     }
     mounts.push(bind("/srv/data", "/data", &["rbind", "rprivate"]));
     let namespaces = new(&["mount", "network", "uts", "pid", "ipc", "cgroup"]);
-    let mut linux = linux(&format!("system.slice:docker:{CONTAINER}"), namespaces);
+    let mut linux = linux(&format!("system.slice:docker:{CONTAINER}"), &namespaces);
     linux["sysctl"] = json!({"net.ipv4.ip_unprivileged_port_start": "0", "net.ipv4.ping_group_range": "0 2147483647"});
     linux["resources"]["cpu"] = json!({"quota": 150_000, "period": 100_000});
     linux["resources"]["memory"] = json!({});
