@@ -8,10 +8,10 @@
 //! It trusts containerd. What is neither form is refused, not guessed.
 
 use crate::args::Flags;
+use crate::config::is_options;
 use containerd_shim_protos::bootstrap_api::{
     BootstrapParams, BootstrapResult, Extension, LogLevel,
 };
-use containerd_shim_protos::shim::oci;
 use protobuf::well_known_types::any::Any;
 use protobuf::{EnumOrUnknown, Message, MessageField};
 use std::path::PathBuf;
@@ -19,10 +19,6 @@ use std::path::PathBuf;
 /// The longest message on standard input in bytes: the most that ttrpc carries.
 pub const MESSAGE_MAX_BYTES: usize = 4 << 20;
 
-/// The options of the runtime, by the types that containerd gives them: of its own runtime (`ctr`, nerdctl, Docker), and of all others
-/// (CRI).
-const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
-const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
 /// The protocol of our socket.
 const PROTOCOL: &str = "ttrpc";
 
@@ -70,9 +66,6 @@ pub enum BadRequest {
     /// Nobody says in which namespace.
     #[error("no namespace, neither by -namespace nor on standard input")]
     NoNamespace,
-    /// Options that are not what their type says.
-    #[error("the runtime's options are no {RUNC_OPTIONS}")]
-    Options,
 }
 
 /// Takes the whole of standard input, with the flags and, for the old form, the environment's `TTRPC_ADDRESS`.
@@ -122,8 +115,7 @@ fn from_params(params: BootstrapParams, flags: &Flags) -> Request {
         .extensions
         .into_iter()
         .filter_map(|extension| extension.value.0);
-    let mut options =
-        options.filter(|any| [RUNC_OPTIONS, RUNTIME_OPTIONS].contains(&type_name(any)));
+    let mut options = options.filter(|any| is_options(any));
     Request {
         form: Form::Bootstrap,
         id: params.instance_id,
@@ -143,29 +135,12 @@ fn options(message: &[u8]) -> Result<Option<Any>, BadRequest> {
         return Ok(None);
     }
     let any = Any::parse_from_bytes(message).ok().filter(|any| {
-        let name = type_name(any);
+        let name = &any.type_url;
         let unknown = any.special_fields.unknown_fields();
         let dotted = name.contains('.') && name.chars().all(|c| c.is_ascii_graphic());
         dotted && unknown.iter().next().is_none()
     });
     any.map(Some).ok_or(BadRequest::Garbage(message.len()))
-}
-
-/// The full name of the message in an `Any`, with or without a host before it: containerd writes both (github.com/containerd/typeurl).
-fn type_name(any: &Any) -> &str {
-    any.type_url.rsplit('/').next().unwrap_or_default()
-}
-
-/// The cgroup that the server is to live in, where options of runc's kind name one.
-///
-/// # Errors
-/// The options are not what their type says.
-pub fn shim_cgroup(options: Option<&Any>) -> Result<Option<String>, BadRequest> {
-    let Some(any) = options.filter(|any| type_name(any) == RUNC_OPTIONS) else {
-        return Ok(None);
-    };
-    let options = oci::Options::parse_from_bytes(&any.value).map_err(|_| BadRequest::Options)?;
-    Ok(Some(options.shim_cgroup).filter(|cgroup| !cgroup.is_empty()))
 }
 
 /// The request as `BootstrapParams`: how `start` hands it on to the server.
@@ -215,6 +190,8 @@ mod tests {
     use proptest::prelude::*;
 
     const ID: &str = "8a11c0ffee";
+    const RUNC_OPTIONS: &str = "containerd.runc.v1.Options";
+    const RUNTIME_OPTIONS: &str = "runtimeoptions.v1.Options";
 
     fn flags() -> Flags {
         Flags {
@@ -362,29 +339,6 @@ mod tests {
     }
 
     #[test]
-    fn the_cgroup_is_that_of_runc_s_options_alone() {
-        let runc = oci::Options {
-            shim_cgroup: "/shims".into(),
-            ..oci::Options::default()
-        };
-        let options = typed(
-            "type.googleapis.com/containerd.runc.v1.Options",
-            &written(&runc),
-        );
-        assert_eq!(shim_cgroup(Some(&options)), Ok(Some("/shims".into())));
-        assert_eq!(
-            shim_cgroup(Some(&typed(RUNTIME_OPTIONS, b"\x1a\x02/x"))),
-            Ok(None)
-        );
-        assert_eq!(shim_cgroup(Some(&typed(RUNC_OPTIONS, b""))), Ok(None));
-        assert_eq!(shim_cgroup(None), Ok(None));
-        assert_eq!(
-            shim_cgroup(Some(&typed(RUNC_OPTIONS, b"\xff"))),
-            Err(BadRequest::Options)
-        );
-    }
-
-    #[test]
     fn replies_are_what_each_daemon_takes() {
         let old = reply(Form::Old, "unix:///s/x").expect("encodable");
         let json: serde_json::Value = serde_json::from_slice(&old).expect("JSON");
@@ -410,7 +364,6 @@ mod tests {
         fn any_bytes_are_read_or_refused(bytes: Vec<u8>, with_id: bool) {
             let flags = if with_id { flags() } else { Flags::default() };
             let _either = read(&bytes, &flags, None);
-            let _either = shim_cgroup(Some(&typed(RUNC_OPTIONS, &bytes)));
         }
 
         #[test]

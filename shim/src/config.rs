@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 use toml::{Table, Value};
 
-pub use options::{Options, OptionsError};
+pub use options::{Options, OptionsError, is_options};
 
 /// Where the file is, if there is one.
 pub const CONFIG_PATH: &str = "/etc/capsid/config.toml";

@@ -9,6 +9,7 @@ use crate::error::chain;
 use crate::hooks::{self, HostHooks};
 use crate::pod::timestamp;
 use crate::record::{Record, TaskRecord};
+use crate::socket::{self, SocketError};
 use crate::spec;
 use capsid_owner::end::KILLED;
 use containerd_shim_protos::api::DeleteResponse;
@@ -47,6 +48,9 @@ pub enum DeleteError {
     /// The kernel holds it.
     #[error("process {0} does not die of SIGKILL")]
     Alive(u32),
+    /// The server's socket.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
     /// The VM's cgroup.
     #[error("removing the VM's cgroup")]
     Cgroup(#[source] crate::cgroup::CgroupError),
@@ -62,9 +66,10 @@ pub fn delete(deleting: &Deleting) -> Result<DeleteResponse, DeleteError> {
         bundle: bundle.clone(),
         cause,
     };
-    // Of the container that the server was started for; the others of its pod have none.
-    if let Some(record) = Record::read(bundle).map_err(unreadable)? {
-        end(&record)?;
+    // Of the container that the server was started for; the others of its pod have none, and a server that was killed at once.
+    match Record::read(bundle).map_err(unreadable)? {
+        Some(record) => end(&record)?,
+        None => socket::of_bundle(bundle)?.map_or(Ok(()), |path| socket::remove_dead(&path))?,
     }
     let task = TaskRecord::read(bundle).map_err(unreadable)?;
     if task.is_some() {

@@ -211,16 +211,18 @@ impl Queue {
         std::mem::take(&mut self.state().lost)
     }
 
+    fn is_empty(&self) -> bool {
+        let state = self.state();
+        state.waiting.is_empty() && !state.sending
+    }
+
     async fn empty(&self) {
         loop {
             let settled = self.settled.notified();
             tokio::pin!(settled);
             // From here on no call is missed.
             settled.as_mut().enable();
-            let state = self.state();
-            let empty = state.waiting.is_empty() && !state.sending;
-            drop(state);
-            if empty {
+            if self.is_empty() {
                 return;
             }
             settled.await;

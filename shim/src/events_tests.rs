@@ -99,7 +99,7 @@ impl Daemon {
     }
 }
 
-fn exit(id: impl ToString) -> Event {
+fn exit(id: usize) -> Event {
     Event::Exit(TaskExit {
         container_id: id.to_string(),
         exit_status: 137,
@@ -178,11 +178,11 @@ async fn a_message_arrives_whole_and_an_address_may_be_an_url() {
     let _server = daemon.up().await;
     let address = format!("unix://{}", daemon.path().display());
     let publisher = Publisher::start("k8s.io", Some(address));
-    publisher.publish(exit("c1"));
+    publisher.publish(exit(7));
     daemon.told(1).await;
     let seen = daemon.seen.events.lock().expect("no panic");
     let exit = exit_of(&seen[0]);
-    assert_eq!((exit.container_id.as_str(), exit.exit_status), ("c1", 137));
+    assert_eq!((exit.container_id.as_str(), exit.exit_status), ("7", 137));
 }
 
 #[tokio::test(start_paused = true)]

@@ -5,15 +5,7 @@
 //! away: so annotations that contradict each other are refused, none is preferred.
 
 use capsid_owner::escape::Line;
-use rustix::fs::{Mode, OFlags};
-use serde::Deserialize;
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
-
-/// The longest `config.json` in bytes, as the agent's.
-const SPEC_MAX_BYTES: u64 = 2 << 20;
 
 /// Annotations that name the sandbox: containerd's (internal/cri/annotations), CRI-O's (internal/annotations).
 const SANDBOX_IDS: [&str; 2] = [
@@ -124,72 +116,9 @@ fn one_of<'a>(
     Ok(found)
 }
 
-/// Why the annotations of a bundle could not be read.
-#[derive(Debug, thiserror::Error)]
-pub enum UnreadSpec {
-    /// The file is not there, not readable or no file.
-    #[error("cannot read {path}")]
-    Read {
-        /// The file.
-        path: PathBuf,
-        /// Why.
-        #[source]
-        cause: io::Error,
-    },
-    /// Too long.
-    #[error("{0} is longer than {SPEC_MAX_BYTES} bytes")]
-    TooLong(PathBuf),
-    /// Not a spec.
-    #[error("{path} is not a valid OCI runtime spec")]
-    Json {
-        /// The file.
-        path: PathBuf,
-        /// Where and how.
-        #[source]
-        cause: serde_json::Error,
-    },
-}
-
-/// The annotations of the spec in `bundle`, without a look at the rest of it.
-///
-/// # Errors
-/// It cannot be read or has none that are strings.
-pub fn annotations(bundle: &Path) -> Result<HashMap<String, String>, UnreadSpec> {
-    /// What matters here of a spec.
-    #[derive(Deserialize)]
-    struct Annotated {
-        #[serde(default)]
-        annotations: Option<HashMap<String, String>>,
-    }
-    let path = bundle.join("config.json");
-    let bytes = match read_bounded(&path) {
-        Ok(bytes) => bytes,
-        Err(cause) => return Err(UnreadSpec::Read { path, cause }),
-    };
-    if bytes.len() as u64 > SPEC_MAX_BYTES {
-        return Err(UnreadSpec::TooLong(path));
-    }
-    let spec: Annotated =
-        serde_json::from_slice(&bytes).map_err(|cause| UnreadSpec::Json { path, cause })?;
-    Ok(spec.annotations.unwrap_or_default())
-}
-
-fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
-    // A named pipe must not hold us.
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("it is not a regular file"));
-    }
-    let mut bytes = Vec::new();
-    file.take(SPEC_MAX_BYTES + 1).read_to_end(&mut bytes)?;
-    Ok(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::Scratch;
     use proptest::prelude::*;
 
     const CRI_ID: &str = SANDBOX_IDS[0];
@@ -257,44 +186,6 @@ mod tests {
         );
         let kind = grouped("c", &[(CRI_ID, "s"), (CRI_KIND, "po\nd")]);
         assert_eq!(kind, Err(BadGroup::Kind(CRI_KIND, "po\\nd".into())));
-    }
-
-    #[test]
-    fn the_annotations_of_a_bundle_are_read_and_the_rest_is_left() {
-        let bundle = Scratch::new("group");
-        let config = bundle.path().join("config.json");
-        std::fs::write(&config, r#"{"annotations":{"a":"b"},"process":7}"#).expect("writable");
-        let read = annotations(bundle.path()).expect("annotations");
-        assert_eq!(read.get("a").map(String::as_str), Some("b"));
-        std::fs::write(&config, "{}").expect("writable");
-        assert!(annotations(bundle.path()).expect("none").is_empty());
-        std::fs::write(&config, "{").expect("writable");
-        let error = annotations(bundle.path()).expect_err("broken").to_string();
-        assert!(
-            error.ends_with("config.json is not a valid OCI runtime spec"),
-            "{error}"
-        );
-    }
-
-    #[test]
-    fn a_config_that_is_missing_huge_or_a_pipe_is_refused_by_name() {
-        let bundle = Scratch::new("group");
-        let config = bundle.path().join("config.json");
-        let missing = annotations(bundle.path()).expect_err("missing").to_string();
-        assert_eq!(missing, format!("cannot read {}", config.display()));
-        let huge = File::create(&config).expect("writable");
-        huge.set_len(SPEC_MAX_BYTES + 1).expect("a sparse file");
-        assert!(matches!(
-            annotations(bundle.path()),
-            Err(UnreadSpec::TooLong(_))
-        ));
-        std::fs::remove_file(&config).expect("ours");
-        let mode = Mode::from_raw_mode(0o600);
-        rustix::fs::mkfifoat(rustix::fs::CWD, &config, mode).expect("writable");
-        assert!(matches!(
-            annotations(bundle.path()),
-            Err(UnreadSpec::Read { .. })
-        ));
     }
 
     proptest! {

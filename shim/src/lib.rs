@@ -1,4 +1,11 @@
 //! `containerd-shim-capsid-v2`: containerd's shim for Capsid, one for each pod.
+//!
+//! The program is called in four ways ([`args`]). `start` finds the server of a container's pod or leaves one behind ([`mod@start`],
+//! [`bootstrap`], [`group`], [`socket`], [`launch`]); `serve` is that server ([`mod@serve`]), which tells containerd what happens ([`events`]) and
+//! logs ([`log`]); `delete` removes what a killed server left ([`mod@delete`]); `-info` and `-v` describe the shim ([`info`]).
+//! The servers' sockets are in `/run/containerd/s`, or where containerd or `CAPSID_SOCKET_DIR` says.
+//!
+//! It trusts containerd and the host's kernel. Of the guest, its agent, the VMM and the annotations of a spec every byte is a stranger's.
 
 pub mod agent;
 pub mod args;
@@ -39,6 +46,7 @@ pub mod vm;
 use args::{Action, Flags};
 use capsid_owner::escape;
 use delete::Deleting;
+use error::chain;
 use launch::Given;
 use protobuf::Message;
 use serve::Serving;
@@ -89,6 +97,7 @@ fn delete(flags: Flags) -> Result<(), Box<dyn Error>> {
         namespace: flags.namespace.ok_or("delete needs -namespace")?,
         bundle: flags.bundle.map_or_else(std::env::current_dir, Ok)?,
     };
+    log::start_on_standard_error(&deleting.namespace, &deleting.id);
     say(&delete::delete(&deleting)?)
 }
 
@@ -99,15 +108,8 @@ fn say(message: &impl Message) -> Result<(), Box<dyn Error>> {
 }
 
 /// An error with its causes as one line on standard error, which is what people see of a container that did not start.
-fn fail(error: &dyn Error) -> ExitCode {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(": ");
-        text.push_str(&cause.to_string());
-        source = cause.source();
-    }
-    let line = escape::console(text.as_bytes()).replace(['\n', '\t'], " ");
+fn fail(error: &(dyn Error + 'static)) -> ExitCode {
+    let line = escape::console(chain(error).as_bytes()).replace(['\n', '\t'], " ");
     // Where nobody reads it, the exit code is all there is.
     let _unread = writeln!(std::io::stderr(), "containerd-shim-capsid-v2: {line}");
     ExitCode::FAILURE

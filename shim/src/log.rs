@@ -1,4 +1,5 @@
-//! The server's log: lines in logfmt, as containerd's own, into the bundle's fifo `log`, which containerd copies into its log.
+//! The server's log: lines in logfmt, as containerd's own, into the bundle's fifo `log`, which containerd copies into its log. `delete`, whose
+//! standard error containerd logs as a warning, writes there what is one.
 //!
 //! The reader may be slow, gone or not there yet: a line that cannot be written at once is dropped and counted, and the next one that gets
 //! through says how many are missing. Lines hold text of strangers: it is quoted, and cut where it is too long.
@@ -7,7 +8,7 @@ use crate::info::RUNTIME;
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
 use std::fmt::{self, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -37,8 +38,11 @@ pub fn start(bundle: &Path, namespace: &str, id: &str, debug: bool) {
     } else {
         LevelFilter::INFO
     };
-    // A second call, which nobody makes, would leave the first log in place.
-    let _first = tracing::subscriber::set_global_default(Log::new(bundle, namespace, id, level));
+    let fifo = Place::Fifo {
+        path: bundle.join("log"),
+        open: None,
+    };
+    set(Log::new(fifo, namespace, id, level));
     std::panic::set_hook(Box::new(|panic| {
         let payload = panic.payload();
         let text = payload.downcast_ref::<String>().map(String::as_str);
@@ -46,6 +50,21 @@ pub fn start(bundle: &Path, namespace: &str, id: &str, debug: bool) {
         let place = panic.location().map(ToString::to_string);
         tracing::error!(place, "panic: {}", text.unwrap_or("no text"));
     }));
+}
+
+/// Takes warnings and errors to standard error. To be called once.
+pub fn start_on_standard_error(namespace: &str, id: &str) {
+    set(Log::new(
+        Place::StandardError,
+        namespace,
+        id,
+        LevelFilter::WARN,
+    ));
+}
+
+fn set(log: Log) {
+    // A second call, which nobody makes, would leave the first log in place.
+    let _first = tracing::subscriber::set_global_default(log);
 }
 
 /// A subscriber that knows events and no spans.
@@ -58,16 +77,12 @@ struct Log {
 }
 
 impl Log {
-    fn new(bundle: &Path, namespace: &str, id: &str, level: LevelFilter) -> Log {
+    fn new(place: Place, namespace: &str, id: &str, level: LevelFilter) -> Log {
         let mut who = String::new();
         for (name, value) in [("runtime", RUNTIME), ("namespace", namespace), ("id", id)] {
             push_field(&mut who, name, &value, WHO_VALUE_MAX_BYTES);
         }
-        let sink = Mutex::new(Sink {
-            path: bundle.join("log"),
-            fifo: None,
-            dropped: 0,
-        });
+        let sink = Mutex::new(Sink { place, dropped: 0 });
         Log { level, who, sink }
     }
 }
@@ -216,9 +231,17 @@ impl fmt::Write for Quoted {
 
 /// Where lines go.
 #[derive(Debug)]
+enum Place {
+    Fifo {
+        path: PathBuf,
+        open: Option<OwnedFd>,
+    },
+    StandardError,
+}
+
+#[derive(Debug)]
 struct Sink {
-    path: PathBuf,
-    fifo: Option<OwnedFd>,
+    place: Place,
     dropped: u64,
 }
 
@@ -235,20 +258,18 @@ impl Sink {
     }
 
     fn put(&mut self, line: &[u8]) -> rustix::io::Result<()> {
-        if let Some(fifo) = self.fifo.take() {
-            match write_whole(&fifo, line) {
+        let (path, fifo) = match &mut self.place {
+            Place::Fifo { path, open } => (path, open),
+            Place::StandardError => return write_whole(std::io::stderr(), line),
+        };
+        if let Some(open) = fifo {
+            match write_whole(&*open, line) {
                 // The reader left. Another may have come, perhaps to another fifo.
-                Err(Errno::PIPE) => {}
-                other => {
-                    self.fifo = Some(fifo);
-                    return other;
-                }
+                Err(Errno::PIPE) => *fifo = None,
+                other => return other,
             }
         }
-        let fifo = open(&self.path)?;
-        let written = write_whole(&fifo, line);
-        self.fifo = Some(fifo);
-        written
+        write_whole(fifo.insert(open(path)?), line)
     }
 }
 
@@ -263,8 +284,8 @@ fn open(path: &Path) -> rustix::io::Result<OwnedFd> {
 }
 
 /// No longer than a pipe takes at once, so it is all or nothing.
-fn write_whole(fifo: &OwnedFd, line: &[u8]) -> rustix::io::Result<()> {
-    rustix::io::retry_on_intr(|| rustix::io::write(fifo, line)).map(drop)
+fn write_whole(pipe: impl AsFd, line: &[u8]) -> rustix::io::Result<()> {
+    rustix::io::retry_on_intr(|| rustix::io::write(&pipe, line)).map(drop)
 }
 
 /// A time since 1970 as RFC 3339 has it, in UTC.

@@ -33,7 +33,11 @@ impl Bundle {
     }
 
     fn log(&self) -> Log {
-        Log::new(self.scratch.path(), "k8s.io", "c1", LevelFilter::INFO)
+        let fifo = Place::Fifo {
+            path: self.fifo(),
+            open: None,
+        };
+        Log::new(fifo, "k8s.io", "c1", LevelFilter::INFO)
     }
 }
 
@@ -169,6 +173,38 @@ fn a_file_in_the_fifo_s_place_is_not_written() {
     std::fs::write(bundle.fifo(), "").expect("writable");
     tracing::subscriber::with_default(bundle.log(), || tracing::info!("a line"));
     assert_eq!(std::fs::read(bundle.fifo()).expect("there"), b"");
+}
+
+/// Names the bundle to the process that is to panic: this test again.
+const PANICS: &str = "CAPSID_TEST_PANICS";
+
+#[test]
+fn a_panic_is_logged_and_not_shown() {
+    if let Some(bundle) = std::env::var_os(PANICS) {
+        start(Path::new(&bundle), "k8s.io", "c1", false);
+        panic!("on purpose");
+    }
+    let bundle = Bundle::new();
+    let mut reader = bundle.reader();
+    let mut this = std::process::Command::new(std::env::current_exe().expect("this program"));
+    this.args(["--exact", "log::tests::a_panic_is_logged_and_not_shown"]);
+    let output = this
+        .arg("--nocapture")
+        .env(PANICS, bundle.scratch.path())
+        .output();
+    let output = output.expect("this program");
+    assert!(!output.status.success());
+    let shown = [output.stdout, output.stderr].concat();
+    assert!(!String::from_utf8_lossy(&shown).contains("on purpose"));
+    let lines = lines(&mut reader);
+    let [line] = lines.as_slice() else {
+        panic!("one line, got {lines:?}");
+    };
+    assert!(
+        line.contains(" level=error msg=\"panic: on purpose\" place=")
+            && line.contains("log_tests.rs:"),
+        "{line}"
+    );
 }
 
 #[test]

@@ -4,13 +4,13 @@
 //! all containers of a pod find the same server. A socket whose server is gone is replaced. Nobody else is expected in the directory: it
 //! is root's.
 
-use rustix::fs::{FlockOperation, Mode, OFlags};
+use rustix::fs::{FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use sha2::{Digest, Sha256};
 use std::fmt::Write;
-use std::fs::DirBuilder;
-use std::io;
+use std::fs::{DirBuilder, File};
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
@@ -24,6 +24,8 @@ pub const DIRECTORY_VARIABLE: &str = "CAPSID_SOCKET_DIR";
 const PATH_MAX_BYTES: usize = 106;
 /// Connections that wait to be accepted: the server takes them as soon as it runs, containerd opens one for each container.
 const BACKLOG_MAX: i32 = 128;
+/// How containerd writes an address.
+const SCHEME: &str = "unix://";
 /// Only its owner reaches a server.
 const DIRECTORY_MODE: u32 = 0o700;
 const SOCKET_MODE: u32 = 0o600;
@@ -92,7 +94,28 @@ pub fn path(
 
 /// The path as containerd writes an address.
 pub fn address(path: &Path) -> String {
-    format!("unix://{}", path.display())
+    format!("{SCHEME}{}", path.display())
+}
+
+/// The path in a bundle's `address`, if there is one: all that the action `delete` is left with.
+///
+/// # Errors
+/// It cannot be read.
+pub fn of_bundle(bundle: &Path) -> Result<Option<PathBuf>, SocketError> {
+    let file = bundle.join("address");
+    let mut address = String::new();
+    let longest = (SCHEME.len() + PATH_MAX_BYTES) as u64;
+    let read = File::open(&file).and_then(|it| it.take(longest).read_to_string(&mut address));
+    match read {
+        Ok(_) => {}
+        Err(cause) if cause.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(cause) => {
+            let (what, path) = ("read", file);
+            return Err(SocketError::Io { what, path, cause });
+        }
+    }
+    let path = address.strip_prefix(SCHEME).map(PathBuf::from);
+    Ok(path.filter(|path| path.is_absolute()))
 }
 
 /// Whether a server listens at `path`. One that is stopped, or has more to accept than it can, does.
@@ -170,20 +193,52 @@ pub fn claim(path: &Path) -> Result<Claim, SocketError> {
         path: directory.to_owned(),
         cause,
     })?;
-    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
-    let lock =
-        rustix::fs::open(directory, flags, Mode::empty()).map_err(failed("open", directory))?;
-    rustix::fs::flock(&lock, FlockOperation::LockExclusive).map_err(failed("lock", directory))?;
+    let _lock = lock(directory)?;
     if answers(path)? {
         return Ok(Claim::Answered);
     }
-    match rustix::fs::unlink(path) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        Err(cause) => return Err(failed("remove the dead socket", path)(cause)),
-    }
+    remove(path)?;
     listen(path)
         .map(Claim::Ours)
         .map_err(failed("listen at", path))
+}
+
+/// Removes the socket at `path` if its server is gone.
+///
+/// # Errors
+/// It is still there, and no server.
+pub fn remove_dead(path: &Path) -> Result<(), SocketError> {
+    let directory = path.parent().unwrap_or(Path::new("/"));
+    if !directory.exists() {
+        return Ok(());
+    }
+    let _lock = lock(directory)?;
+    match answers(path)? {
+        true => Ok(()),
+        false => remove(path),
+    }
+}
+
+/// Whoever has it decides alone whose a socket in this directory is.
+fn lock(directory: &Path) -> Result<OwnedFd, SocketError> {
+    let flags = OFlags::DIRECTORY | OFlags::RDONLY | OFlags::CLOEXEC;
+    let lock = rustix::fs::open(directory, flags, Mode::empty());
+    let lock = lock.map_err(failed("open", directory))?;
+    let locked = rustix::fs::flock(&lock, FlockOperation::LockExclusive);
+    locked.map_err(failed("lock", directory))?;
+    Ok(lock)
+}
+
+fn remove(path: &Path) -> Result<(), SocketError> {
+    let failed = failed("remove the dead socket", path);
+    match rustix::fs::lstat(path) {
+        Ok(found) if FileType::from_raw_mode(found.st_mode) != FileType::Socket => {
+            Err(failed(Errno::NOTSOCK))
+        }
+        Ok(_) => rustix::fs::unlink(path).map_err(failed),
+        Err(Errno::NOENT) => Ok(()),
+        Err(cause) => Err(failed(cause)),
+    }
 }
 
 fn listen(path: &Path) -> rustix::io::Result<Claimed> {
@@ -317,6 +372,39 @@ mod tests {
         assert!(path.exists() && !answers(&path).expect("told"));
         let _server = ours(&path);
         assert!(answers(&path).expect("told"));
+    }
+
+    #[test]
+    fn only_a_dead_socket_is_removed_and_one_that_is_gone_is_no_error() {
+        let scratch = Scratch::new("socket");
+        let path = scratch.path().join("s/socket");
+        remove_dead(&path).expect("no directory");
+        let server = ours(&path);
+        remove_dead(&path).expect("alive");
+        assert!(path.exists());
+        server.leave();
+        remove_dead(&path).expect("dead");
+        assert!(!path.exists());
+        remove_dead(&path).expect("gone");
+        std::fs::write(&path, "a file").expect("writable");
+        let error = remove_dead(&path).expect_err("no socket");
+        assert!(path.exists(), "{error}");
+    }
+
+    #[test]
+    fn a_bundle_knows_its_socket_by_its_address() {
+        let bundle = Scratch::new("socket");
+        assert_eq!(of_bundle(bundle.path()).expect("none"), None);
+        for (text, expected) in [
+            ("unix:///run/s/1", Some(Path::new("/run/s/1"))),
+            ("unix://run", None),
+            ("vsock://2:1", None),
+            ("", None),
+        ] {
+            std::fs::write(bundle.path().join("address"), text).expect("writable");
+            let path = of_bundle(bundle.path()).expect("readable");
+            assert_eq!(path.as_deref(), expected, "{text}");
+        }
     }
 
     #[test]

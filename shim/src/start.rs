@@ -6,9 +6,12 @@
 
 use crate::args::Flags;
 use crate::bootstrap::{self, BadRequest, MESSAGE_MAX_BYTES, Request};
-use crate::group::{self, BadGroup, Group, UnreadSpec};
+use crate::cgroup::{CgroupError, Hierarchy};
+use crate::config::{Options, OptionsError};
+use crate::group::{self, BadGroup, Group};
 use crate::launch::{self, LaunchError};
 use crate::socket::{self, Claim, SocketError};
+use crate::spec::{self, ReadError};
 use capsid_owner::escape::Line;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::io::Errno;
@@ -16,13 +19,11 @@ use rustix::process::{getpid, getppid};
 use rustix::thread::CoreSchedulingScope;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How long standard input may take to end. containerd writes it at once; a person at a terminal never would.
 const MESSAGE_LIMIT: Duration = Duration::from_secs(5);
-/// Where the cgroups are: cgroup v2, as everywhere in Capsid.
-const CGROUPS: &str = "/sys/fs/cgroup";
 /// The highest `oom_score_adj` (include/uapi/linux/oom.h).
 const OOM_SCORE_MAX: i32 = 1000;
 /// Set by containerd if the processes of each pod are to share a core with none of another (`sched_core`).
@@ -42,7 +43,7 @@ pub enum StartError {
     Request(#[from] BadRequest),
     /// The spec could not be read.
     #[error(transparent)]
-    Spec(#[from] UnreadSpec),
+    Spec(#[from] ReadError),
     /// Its annotations are refused.
     #[error(transparent)]
     Group(#[from] BadGroup),
@@ -60,9 +61,12 @@ pub enum StartError {
         /// Where it should answer.
         path: PathBuf,
     },
-    /// A cgroup that no server can be put into.
-    #[error("ShimCgroup {0} is not a plain absolute path")]
-    Cgroup(String),
+    /// The runtime's options.
+    #[error(transparent)]
+    Options(#[from] OptionsError),
+    /// The cgroup that they name.
+    #[error("no ShimCgroup")]
+    Cgroup(#[from] CgroupError),
     /// A file.
     #[error("cannot {what} {path}")]
     File {
@@ -96,7 +100,7 @@ pub fn start(flags: &Flags) -> Result<(), StartError> {
     let ttrpc_address = std::env::var("TTRPC_ADDRESS").ok();
     let request = bootstrap::read(&message, flags, ttrpc_address)?;
     let bundle = std::env::current_dir().map_err(io_error("find the bundle"))?;
-    let group = group::of(&request.id, &group::annotations(&bundle)?)?;
+    let group = group::of(&request.id, &spec::annotations(&bundle)?)?;
     let path = socket_path(&request, &group)?;
     let address = socket::address(&path);
     let reply = bootstrap::reply(request.form, &address).map_err(StartError::Reply)?;
@@ -170,8 +174,8 @@ fn claim(path: &Path, group: Group) -> Result<Claim, StartError> {
 
 /// Puts this process, which has nothing else to do, where the server is to be: the server inherits it, and is never elsewhere.
 fn place_for_server(request: &Request) -> Result<(), StartError> {
-    if let Some(cgroup) = bootstrap::shim_cgroup(request.options.as_ref())? {
-        enter_cgroup(Path::new(CGROUPS), &cgroup)?;
+    if let Some(place) = Options::decode(request.options.as_ref())?.shim_cgroup {
+        Hierarchy::find()?.enter(&place)?;
     }
     if std::env::var_os(SCHED_CORE).is_some_and(|value| !value.is_empty()) {
         share_no_core()?;
@@ -197,18 +201,6 @@ fn file_error(what: &'static str, path: &Path) -> impl Fn(io::Error) -> StartErr
 /// One more than the parent's: the kernel ends a shim before containerd (pkg/shim/util_unix.go, `AdjustOOMScore`).
 fn oom_score_after(parent: i32) -> i32 {
     parent.saturating_add(1).min(OOM_SCORE_MAX)
-}
-
-/// Enters `cgroup`, a path below `root` that exists.
-fn enter_cgroup(root: &Path, cgroup: &str) -> Result<(), StartError> {
-    let below = cgroup.strip_prefix('/').map(Path::new);
-    let plain = |path: &&Path| path.components().all(|c| matches!(c, Component::Normal(_)));
-    let refused = || StartError::Cgroup(Line(cgroup.as_bytes()).to_string());
-    let members = root
-        .join(below.filter(plain).ok_or_else(refused)?)
-        .join("cgroup.procs");
-    // 0 is the writer (Documentation/admin-guide/cgroup-v2.rst).
-    std::fs::write(&members, "0").map_err(file_error("enter", &members))
 }
 
 /// Core scheduling (Documentation/admin-guide/hw-vuln/core-scheduling.rst): a cookie that the server and its VM inherit.
@@ -278,22 +270,6 @@ mod tests {
             [-999, 0, 999, 1000].map(oom_score_after),
             [-998, 1, 1000, 1000]
         );
-    }
-
-    #[test]
-    fn a_cgroup_is_entered_below_the_root_and_nowhere_else() {
-        let root = Scratch::new("cgroup");
-        let cgroup = root.path().join("system.slice/shims");
-        std::fs::create_dir_all(&cgroup).expect("writable");
-        enter_cgroup(root.path(), "/system.slice/shims").expect("there");
-        let members = std::fs::read_to_string(cgroup.join("cgroup.procs"));
-        assert_eq!(members.expect("written"), "0");
-        for path in ["system.slice", "/../etc", "/a/../b", ""] {
-            let error = enter_cgroup(root.path(), path).expect_err("not plain");
-            assert!(matches!(error, StartError::Cgroup(_)), "{error}");
-        }
-        let error = enter_cgroup(root.path(), "/none").expect_err("not there");
-        assert!(error.to_string().ends_with("none/cgroup.procs"), "{error}");
     }
 
     #[test]

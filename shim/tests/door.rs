@@ -8,7 +8,9 @@ use containerd_shim_protos::{Client, TaskClient};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
 use rustix::event::{PollFd, PollFlags};
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, getpid};
+use rustix::thread::{CoreSchedulingScope, core_scheduling_cookie};
 use std::fs;
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -341,8 +343,9 @@ fn garbage_is_refused_in_one_line_and_leaves_nothing() {
         "{line}"
     );
     let cgroup = refused(&host.start("c", &bytes(&runc_options("/no-such-cgroup-of-capsid"))));
+    let no_cgroup = ["no-such-cgroup-of-capsid", "is not cgroup v2"];
     assert!(
-        cgroup.contains("cannot enter /sys/fs/cgroup/no-such-cgroup-of-capsid"),
+        no_cgroup.iter().any(|reason| cgroup.contains(reason)),
         "{cgroup}"
     );
     assert_eq!((host.servers("c"), host.sockets_left()), (vec![], 0));
@@ -485,26 +488,81 @@ fn the_version_is_one_line() {
     }
 }
 
+fn delete(host: &Host, bundle: &Path) -> Output {
+    let mut command = Command::new(PROGRAM);
+    command
+        .args(["-namespace", "test", "-address", "", "-id"])
+        .args([&host.id("c"), "-bundle"])
+        .arg(bundle)
+        .arg("delete")
+        .current_dir(&host.root);
+    run(command, b"")
+}
+
+fn deleted(reply: &[u8]) -> DeleteResponse {
+    DeleteResponse::parse_from_bytes(reply).expect("protobuf")
+}
+
 #[test]
 fn delete_answers_with_the_message_alone_also_twice_and_for_a_bundle_that_is_gone() {
     let host = Host::new();
     let bundle = host.bundle("c", &[]);
     for bundle in [&bundle, &bundle, &host.root.join("gone")] {
-        let mut command = Command::new(PROGRAM);
-        command.args([
-            "-namespace",
-            "test",
-            "-address",
-            "",
-            "-id",
-            &host.id("c"),
-            "-bundle",
-        ]);
-        command.arg(bundle).arg("delete").current_dir(&host.root);
-        let response =
-            DeleteResponse::parse_from_bytes(&good(run(command, b""))).expect("protobuf");
+        let response = deleted(&good(delete(&host, bundle)));
         assert_eq!(response.exit_status, 137);
         assert!(response.exited_at.seconds > 0);
+    }
+}
+
+#[test]
+fn delete_removes_the_socket_of_a_server_that_was_killed() {
+    let host = Host::new();
+    let bundle = host.bundle("c", &[]);
+    good(host.start("c", b""));
+    host.servers("c").into_iter().for_each(kill);
+    assert_eq!(host.sockets_left(), 1);
+    good(delete(&host, &bundle));
+    assert_eq!(host.sockets_left(), 0);
+}
+
+#[test]
+fn what_goes_wrong_in_a_delete_that_goes_well_is_a_warning() {
+    let host = Host::new();
+    let bundle = host.bundle("c", &[]);
+    let hook = serde_json::json!({"path": "/no/such/hook"});
+    let spec = serde_json::json!({"ociVersion": "1.1.0", "hooks": {"poststop": [hook]}});
+    fs::write(bundle.join("config.json"), spec.to_string()).expect("writable");
+    fs::write(bundle.join("capsid-task.json"), r#"{"pid":4711}"#).expect("writable");
+    let output = delete(&host, &bundle);
+    assert!(output.status.success());
+    assert_eq!(deleted(&output.stdout).pid, 4711);
+    let warning = String::from_utf8(output.stderr).expect("UTF-8");
+    let right =
+        warning.contains(" level=warning msg=poststop ") && warning.contains("/no/such/hook");
+    assert!(right && warning.lines().count() == 1, "{warning}");
+}
+
+#[test]
+fn a_pod_s_core_is_its_own_where_sched_core_asks_for_it() {
+    let host = Host::new();
+    host.bundle("c", &[]);
+    let mut command = host.start_command("c");
+    command.env("SCHED_CORE", "1");
+    let output = run(command, b"");
+    // What the kernel can do, it says of us as well.
+    match core_scheduling_cookie(getpid(), CoreSchedulingScope::Thread) {
+        Ok(ours) => {
+            good(output);
+            let server = host.servers("c")[0];
+            let its = core_scheduling_cookie(server, CoreSchedulingScope::Thread);
+            assert!(its.is_ok_and(|its| its != 0 && its != ours), "{its:?}");
+        }
+        Err(Errno::NODEV) => drop(good(output)), // no core with two threads
+        Err(_) => {
+            let line = refused(&output);
+            assert!(line.contains("as SCHED_CORE asks"), "{line}");
+            assert_eq!((host.servers("c"), host.sockets_left()), (vec![], 0));
+        }
     }
 }
 

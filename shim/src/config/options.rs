@@ -59,6 +59,16 @@ pub enum OptionsError {
     ShimCgroup(#[source] BadCgroupPath),
 }
 
+/// Whether these are options for a runtime, by their type.
+pub fn is_options(any: &Any) -> bool {
+    matches!(type_name(any), GENERIC | RUNC)
+}
+
+/// The message's name: containerd writes it bare, others as a URL that ends with it.
+fn type_name(any: &Any) -> &str {
+    any.type_url.rsplit('/').next().unwrap_or_default()
+}
+
 impl Options {
     /// Reads the options; none, or an empty Any, say nothing.
     ///
@@ -71,10 +81,9 @@ impl Options {
         if any.value.len() > OPTIONS_MAX_BYTES {
             return Err(OptionsError::TooLong(any.value.len()));
         }
-        // containerd writes the bare name, others a URL that ends with it.
-        match any.type_url.rsplit('/').next() {
-            Some(GENERIC) => Options::generic(&any.value),
-            Some(RUNC) => Options::runc(&any.value),
+        match type_name(any) {
+            GENERIC => Options::generic(&any.value),
+            RUNC => Options::runc(&any.value),
             _ => Err(OptionsError::Type(
                 Line(any.type_url.as_bytes()).to_string(),
             )),

@@ -29,7 +29,7 @@ use std::path::{Path, PathBuf};
 
 pub use mounts::Volume;
 pub use namespaces::{Network, PidNamespace};
-pub use read::{ReadError, read};
+pub use read::{ReadError, annotations, read};
 
 /// Longest config.json that is read, and longest spec that the agent takes, in bytes.
 pub const SPEC_MAX_BYTES: usize = 2 << 20;

@@ -3,6 +3,9 @@
 use super::SPEC_MAX_BYTES;
 use oci_spec::runtime::Spec;
 use rustix::fs::{Mode, OFlags};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use std::collections::HashMap;
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -41,6 +44,23 @@ pub enum ReadError {
 /// # Errors
 /// It cannot be read, is longer than [`SPEC_MAX_BYTES`] or no spec.
 pub fn read(bundle: &Path) -> Result<Spec, ReadError> {
+    parsed(bundle)
+}
+
+/// Reads the annotations of that spec, and looks at nothing else in it.
+///
+/// # Errors
+/// As for [`read`].
+pub fn annotations(bundle: &Path) -> Result<HashMap<String, String>, ReadError> {
+    #[derive(Deserialize)]
+    struct Annotated {
+        annotations: Option<HashMap<String, String>>,
+    }
+    let spec: Annotated = parsed(bundle)?;
+    Ok(spec.annotations.unwrap_or_default())
+}
+
+fn parsed<T: DeserializeOwned>(bundle: &Path) -> Result<T, ReadError> {
     let path = bundle.join("config.json");
     let bytes = read_bounded(&path).map_err(|cause| ReadError::Read {
         path: path.clone(),
@@ -70,6 +90,7 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
 mod tests {
     use super::super::engines;
     use super::*;
+    use crate::testing::Scratch;
 
     #[test]
     fn a_config_that_is_missing_broken_or_huge_is_named() {
@@ -96,6 +117,23 @@ mod tests {
         assert!(
             matches!(pipe, Err(ReadError::Read { .. })),
             "a pipe does not hold us"
+        );
+    }
+
+    #[test]
+    fn the_annotations_of_a_bundle_are_read_and_the_rest_is_left() {
+        let bundle = Scratch::new("read");
+        let config = bundle.path().join("config.json");
+        std::fs::write(&config, r#"{"annotations":{"a":"b"},"process":7}"#).expect("writable");
+        let read = annotations(bundle.path()).expect("annotations");
+        assert_eq!(read.get("a").map(String::as_str), Some("b"));
+        std::fs::write(&config, "{}").expect("writable");
+        assert!(annotations(bundle.path()).expect("none").is_empty());
+        std::fs::write(&config, "{").expect("writable");
+        let error = annotations(bundle.path()).expect_err("broken").to_string();
+        assert!(
+            error.ends_with("config.json is not a valid OCI runtime spec"),
+            "{error}"
         );
     }
 }
