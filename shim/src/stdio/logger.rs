@@ -127,8 +127,8 @@ fn sink() -> io::Result<(OwnedFd, Sink)> {
 /// Starts the program with these as its descriptors 3, 4 and 5, no other of ours, and a process group of its own.
 fn spawn(command: &LoggerCommand, owner: Owner<'_>, pipes: [OwnedFd; 3]) -> io::Result<Child> {
     let null = open(c"/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())?;
-    let [stdout, stderr, ready] = &pipes;
-    let by_number = [&null, &null, &null, stdout, stderr, ready];
+    let [stdout, stderr, ready] = pipes;
+    let by_number = [&null, &null, &null, &stdout, &stderr, &ready];
     let mut files = PosixSpawnFileActions::init()?;
     let mut originals = Vec::with_capacity(by_number.len());
     for (number, fd) in (0..).zip(by_number) {

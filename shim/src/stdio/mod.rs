@@ -10,6 +10,8 @@
 mod logger;
 mod open;
 mod pumps;
+#[cfg(test)]
+mod tests;
 mod url;
 
 pub use logger::LoggerError;

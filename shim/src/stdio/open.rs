@@ -70,7 +70,7 @@ pub(super) fn input(path: &Path) -> Result<Option<Input>, OpenError> {
 /// It is not there, takes no stream, or nobody reads it.
 pub(super) async fn existing(path: &Path) -> Result<Option<Sink>, OpenError> {
     match open(path, WRITE, Mode::empty()) {
-        Err(Errno::NXIO) => sink(once_read(path).await?),
+        Err(Errno::NXIO) => sink(once_read(path, Duration::from_millis(READER_TIMEOUT_MS)).await?),
         opened => sink(opened.map_err(io::Error::from)?),
     }
 }
@@ -115,7 +115,7 @@ fn sink(fd: OwnedFd) -> Result<Option<Sink>, OpenError> {
 }
 
 /// Opens a fifo for writing once it has a reader. That is the one wait of open(2) which is an event, so it happens on a thread.
-async fn once_read(path: &Path) -> Result<OwnedFd, OpenError> {
+pub(super) async fn once_read(path: &Path, limit: Duration) -> Result<OwnedFd, OpenError> {
     let fifo = open(path, QUIETLY.union(OFlags::PATH), Mode::empty()).map_err(io::Error::from)?;
     let fifo = Arc::new(fifo);
     let waiting = Waiting {
@@ -128,7 +128,7 @@ async fn once_read(path: &Path) -> Result<OwnedFd, OpenError> {
         drop(until);
         opened
     });
-    match timeout(Duration::from_millis(READER_TIMEOUT_MS), opening).await {
+    match timeout(limit, opening).await {
         Ok(opened) => Ok(opened.map_err(io::Error::other)??),
         Err(_elapsed) => Err(OpenError::NoReader),
     }

@@ -179,8 +179,8 @@ async fn end_of(mut output: watch::Receiver<State>, called: Instant) -> Outputs 
         let limit = since.max(called) + Duration::from_millis(limit_ms);
         match timeout_at(limit, output.changed()).await {
             Ok(Ok(())) => {}
-            // Closed by whoever dropped the pumps.
-            Ok(Err(_)) => return Outputs::Written,
+            // Whoever has the pumps has dropped them.
+            Ok(Err(_)) => return Outputs::NobodyReads,
             Err(_elapsed) => return given_up,
         }
     }
