@@ -10,13 +10,18 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 use std::time::Duration;
 use tokio::net::unix::pipe;
+use tokio::sync::oneshot;
 use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 /// How long an output's fifo may be without a reader, in ms; as long as with containerd's own shim.
 const READER_TIMEOUT_MS: u64 = 30_000;
+
+/// What a thread that waits for a reader is called.
+const THREAD: &str = "fifo-reader";
 
 /// A terminal that is named does not become ours, and no descriptor is inherited.
 const QUIETLY: OFlags = OFlags::CLOEXEC.union(OFlags::NOCTTY);
@@ -70,7 +75,7 @@ pub(super) fn input(path: &Path) -> Result<Option<Input>, OpenError> {
 /// It is not there, takes no stream, or nobody reads it.
 pub(super) async fn existing(path: &Path) -> Result<Option<Sink>, OpenError> {
     match open(path, WRITE, Mode::empty()) {
-        Err(Errno::NXIO) => sink(once_read(path, Duration::from_millis(READER_TIMEOUT_MS)).await?),
+        Err(Errno::NXIO) => sink(once_read(path).await?),
         opened => sink(opened.map_err(io::Error::from)?),
     }
 }
@@ -114,8 +119,9 @@ fn sink(fd: OwnedFd) -> Result<Option<Sink>, OpenError> {
     }
 }
 
-/// Opens a fifo for writing once it has a reader. That is the one wait of open(2) which is an event, so it happens on a thread.
-pub(super) async fn once_read(path: &Path, limit: Duration) -> Result<OwnedFd, OpenError> {
+/// Opens a fifo for writing once it has a reader. That is the one wait of open(2) which is an event, so it happens on a thread: one of its
+/// own, since those of the pool are few and for what is short.
+async fn once_read(path: &Path) -> Result<OwnedFd, OpenError> {
     let fifo = open(path, QUIETLY.union(OFlags::PATH), Mode::empty()).map_err(io::Error::from)?;
     let fifo = Arc::new(fifo);
     let waiting = Waiting {
@@ -123,12 +129,17 @@ pub(super) async fn once_read(path: &Path, limit: Duration) -> Result<OwnedFd, O
         reader: Arc::default(),
     };
     let until = Arc::clone(&waiting.reader);
-    let opening = spawn_blocking(move || {
+    let (tell, opened) = oneshot::channel();
+    let opening = move || {
         let opened = reopen(&fifo, WRITE_PATIENTLY);
         drop(until);
-        opened
-    });
-    match timeout(limit, opening).await {
+        // Nobody listens if it came too late.
+        let _late = tell.send(opened);
+    };
+    thread::Builder::new()
+        .name(THREAD.to_owned())
+        .spawn(opening)?;
+    match timeout(Duration::from_millis(READER_TIMEOUT_MS), opened).await {
         Ok(opened) => Ok(opened.map_err(io::Error::other)??),
         Err(_elapsed) => Err(OpenError::NoReader),
     }
