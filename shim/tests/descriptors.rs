@@ -12,6 +12,16 @@ use std::time::{Duration, Instant};
 use tokio::time::timeout;
 
 const EXECS: u32 = 10_000;
+/// After so many the memory is what it will be, but for this: some hundred bytes for each exec would be more.
+const WARM_UP: u32 = 1000;
+const GROWTH_MAX_KIB: u64 = 1024;
+
+fn resident_kib() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").expect("proc");
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let kib = kib.and_then(|kib| kib.trim().strip_suffix(" kB"));
+    kib.and_then(|kib| kib.parse().ok()).expect("a number")
+}
 
 fn descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("proc").count()
@@ -144,13 +154,18 @@ async fn ten_thousand_execs_and_a_hundred_failures_leave_nothing() {
     let place = std::env::temp_dir().join(format!("shim-descriptors-{}", std::process::id()));
     std::fs::create_dir(&place).expect("a directory");
     exec(&place, 0).await;
-    let before = (descriptors(), 0, 0);
+    let (before, mut warm_kib) = ((descriptors(), 0, 0), 0);
     for count in 0..EXECS {
         exec(&place, count).await;
+        if count == WARM_UP {
+            warm_kib = resident_kib();
+        }
         if count % 100 == 0 {
             failures(&place).await;
         }
     }
     settled_at(before).await;
+    let grown_kib = resident_kib().saturating_sub(warm_kib);
+    assert!(grown_kib < GROWTH_MAX_KIB, "{grown_kib} KiB");
     std::fs::remove_dir(&place).expect("empty");
 }

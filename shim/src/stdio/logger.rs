@@ -97,11 +97,9 @@ impl Logger {
         Err(cause)
     }
 
-    /// Waits for its end. Its pipes must be closed.
-    pub(super) async fn end(self) {
-        drop(self.expected);
-        // Fails only where the event loop ends, which ends it as well.
-        let _ended = self.watch.await;
+    /// Its end, which comes by itself or is made to. Its pipes must be closed.
+    pub(super) fn expect_end(self) -> JoinHandle<()> {
+        self.watch
     }
 
     async fn kill(self) {

@@ -127,7 +127,7 @@ pub struct Wanted {
 
 impl Stdio {
     /// Opens what containerd names, and starts the loggers. Waits until each fifo has a reader and each logger is ready, for
-    /// 30 s each at most. Nothing is left of it when it fails or is dropped half-way.
+    /// 30 s each at most. When it fails or is dropped half-way, all is closed, and a logger that had started ends as its pipes do.
     ///
     /// # Errors
     /// A name is wrong or cannot be opened, nobody reads, a logger is not ready.

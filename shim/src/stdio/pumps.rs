@@ -70,7 +70,7 @@ enum State {
 /// How the outputs of a process that has exited came to their end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outputs {
-    /// All that the guest sent was handed over, and they are closed.
+    /// All that the guest sent was written, or could not be and that was said; they are closed.
     Written,
     /// The guest keeps one open and sends nothing.
     GuestSilent,
@@ -160,10 +160,16 @@ impl Pumps {
     }
 
     /// Closes everything and waits for the loggers' end, which is forced after 12 s (`logger`).
-    pub async fn close(mut self) {
-        self.tasks.shutdown().await;
-        for logger in std::mem::take(&mut self.loggers) {
-            logger.end().await;
+    pub async fn close(self) {
+        let Pumps {
+            mut tasks, loggers, ..
+        } = self;
+        tasks.shutdown().await;
+        // All of them are told before one is waited for.
+        let ends: Vec<_> = loggers.into_iter().map(Logger::expect_end).collect();
+        for end in ends {
+            // Fails only where the event loop ends, and it ends the logger as well.
+            let _ended = end.await;
         }
     }
 }
@@ -294,32 +300,26 @@ impl Sink {
 async fn append(file: Arc<File>, buffer: Vec<u8>) -> (Vec<u8>, Result<(), Refused>) {
     let appended = spawn_blocking(move || {
         let mut left = buffer.as_slice();
-        let refused = loop {
+        let mut refused = None;
+        while !left.is_empty() && refused.is_none() {
             match (&*file).write(left) {
-                _ if left.is_empty() => break None,
-                Ok(0) => break Some(ErrorKind::WriteZero.into()),
+                Ok(0) => refused = Some(ErrorKind::WriteZero.into()),
                 Ok(count) => left = left.get(count..).unwrap_or_default(),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) => break Some(error),
+                Err(error) => refused = Some(error),
             }
-        };
+        }
         let bytes = left.len() as u64;
-        (
-            buffer,
-            refused
-                .map(|cause| Refused { bytes, cause })
-                .map_or(Ok(()), Err),
-        )
+        let appended = match refused {
+            None => Ok(()),
+            Some(cause) => Err(Refused { bytes, cause }),
+        };
+        (buffer, appended)
     });
-    // The pool ends with the event loop, and this task with it.
     appended.await.unwrap_or_else(|ended| {
-        (
-            Vec::new(),
-            Err(Refused {
-                bytes: 0,
-                cause: ended.into(),
-            }),
-        )
+        // The pool ends with the event loop, and this task with it.
+        let cause = ended.into();
+        (Vec::new(), Err(Refused { bytes: 0, cause }))
     })
 }
 

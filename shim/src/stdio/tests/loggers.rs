@@ -221,3 +221,26 @@ async fn a_logger_that_does_not_end_is_told_to_after_10_s_and_killed_after_2_mor
         tokio::time::resume();
     }
 }
+
+#[tokio::test]
+async fn two_loggers_are_told_to_end_at_once() {
+    let place = Place::new();
+    let (name, sleep) = sleeper(&place);
+    let [out, err] = ["1", "2"].map(|which| {
+        shell(
+            "binary",
+            &format!("trap '' TERM; exec 5>&-; {sleep}"),
+            &format!("&which={which}"),
+        )
+    });
+    let urls = Urls {
+        stderr: &err,
+        ..stdout_to(&out)
+    };
+    let (pumps, _guest) = joined(urls).await.expect("ready");
+    tokio::time::pause();
+    let begun = Instant::now();
+    pumps.close().await;
+    assert_eq!(begun.elapsed().as_secs(), 12);
+    assert!(!has_child(&name));
+}
