@@ -87,6 +87,14 @@ impl Runtime {
             Runtime::Capsid => "io.containerd.capsid.v2",
         }
     }
+
+    /// Its shim's program; that of containerd 1.7 for runc, which is the one that CRI-O is built with.
+    pub fn shim(self) -> &'static str {
+        match self {
+            Runtime::Runc => "/usr/bin/containerd-shim-runc-v2",
+            Runtime::Capsid => "containerd-shim-capsid-v2",
+        }
+    }
 }
 
 /// A containerd that runs, with the test image. Killed when dropped, with every shim that it started.

@@ -18,7 +18,7 @@ const SETTLE_TIMEOUT_MS: u64 = 5_000;
 const SETTLE_STEP_MS: u64 = 50;
 
 /// Each directory whose entries are a class.
-const PLACES: [(&str, &str); 9] = [
+const PLACES: [(&str, &str); 8] = [
     ("tmp", "/tmp"),
     ("run", "/run/capsid"),
     ("shm", "/dev/shm"),
@@ -27,7 +27,6 @@ const PLACES: [(&str, &str); 9] = [
     ("shim socket", "/run/containerd/s"),
     ("fifo", "/run/containerd/fifo"),
     ("runc", "/run/containerd/runc/default"),
-    ("device mapper", "/dev/mapper"),
 ];
 
 /// What is there now, each entry as `class: name`.
@@ -37,7 +36,7 @@ pub struct Ledger {
     daemon: Option<Daemon>,
 }
 
-/// A process that goes on, such as a containerd: what it holds is counted too.
+/// A process that goes on, such as a containerd: what it has open is counted too.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Daemon {
     /// Its pid.
@@ -87,7 +86,7 @@ impl Ledger {
             entries.add_names(class, Path::new(directory));
         }
         cgroups(&mut entries, Path::new("/sys/fs/cgroup"));
-        loop_devices(&mut entries);
+        block_devices(&mut entries);
         if let Some(daemon) = &daemon {
             entries.add_names("bundle", &daemon.bundles);
         }
@@ -136,16 +135,18 @@ fn cgroups(entries: &mut Entries, directory: &Path) {
     }
 }
 
-/// Those that have a file.
-fn loop_devices(entries: &mut Entries) {
+/// Loop devices that have a file, and what device mapper made.
+fn block_devices(entries: &mut Entries) {
+    let attributes = [("loop", "loop/backing_file"), ("device mapper", "dm/name")];
     for entry in fs::read_dir("/sys/block").into_iter().flatten().flatten() {
-        let device = entry.path();
-        if let Ok(file) = fs::read_to_string(device.join("loop/backing_file")) {
-            let name = entry.file_name();
-            entries.add(
-                "loop",
-                format!("{} {}", name.to_string_lossy(), file.trim()),
-            );
+        for (class, attribute) in attributes {
+            if let Ok(value) = fs::read_to_string(entry.path().join(attribute)) {
+                let device = entry.file_name();
+                entries.add(
+                    class,
+                    format!("{} {}", device.to_string_lossy(), value.trim()),
+                );
+            }
         }
     }
 }

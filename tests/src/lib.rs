@@ -11,6 +11,7 @@ pub mod command;
 pub mod containerd;
 pub mod control;
 pub mod cost;
+pub mod crio;
 pub mod guest;
 pub mod ledger;
 pub mod pty;

@@ -5,6 +5,8 @@
 //! ledger counts the host. The same scenarios run with containerd's own shim and runc, which shows that they ask of ours
 //! what that one does.
 
+#[path = "containerd/crio.rs"]
+mod crio;
 #[path = "containerd/events.rs"]
 mod events;
 #[path = "containerd/faults.rs"]
@@ -58,6 +60,17 @@ macro_rules! scenarios {
 macro_rules! each_containerd {
     ($name:ident, $runtime:expr) => {
         mod $name {
+            mod crio {
+                #[test]
+                fn a_container_of_crio_lives_and_dies() {
+                    crate::crio::a_container_of_crio_lives_and_dies($runtime);
+                }
+
+                #[test]
+                fn a_restarted_crio_finds_its_container() {
+                    crate::crio::a_restarted_crio_finds_its_container($runtime);
+                }
+            }
             mod v1_7 {
                 scenarios!(capsid_tests::containerd::Release::V1_7, $runtime);
             }

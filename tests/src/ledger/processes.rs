@@ -31,13 +31,14 @@ pub(super) fn look(entries: &mut Entries, daemon: Option<u32>) {
         if is_zombie(&directory) {
             entries.add("zombie", format!("{pid} {name}"));
         }
-        let watched = ours || daemon == Some(pid);
         for (_, thread) in numbered(&directory.join("task")) {
-            if watched {
+            // A daemon written in Go has as many as it likes.
+            if ours {
                 entries.add_one_more("thread", format!("of {pid} {name}"));
             }
             namespaces(entries, &thread, &mut mounts);
         }
+        let watched = ours || daemon == Some(pid);
         descriptors(entries, &directory, watched.then_some((pid, name)));
     }
     for (namespace, thread) in mounts {

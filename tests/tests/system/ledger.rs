@@ -4,7 +4,7 @@ use capsid_tests::bundle::Scratch;
 use capsid_tests::ledger::{Daemon, Ledger};
 use nix::sched::{CloneFlags, unshare};
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -38,12 +38,20 @@ enum Leak {
 }
 
 impl Leak {
-    /// A process with a name that is ours: the kernel takes it from the path that was executed.
     fn process() -> Leak {
+        let mut leak = Leak::named("/bin/cat", &[]);
+        if let Leak::Process { child, .. } = &mut leak {
+            answers(child);
+        }
+        leak
+    }
+
+    /// A program under a name that is ours: the kernel takes it from the path that was executed.
+    fn named(program: &str, args: &[&str]) -> Leak {
         let scratch = Scratch::new("leak");
-        let program = scratch.path().join(NAME);
-        symlink("/bin/cat", &program).expect("a link");
-        let child = answering(&mut Command::new(&program));
+        let path = scratch.path().join(NAME);
+        symlink(program, &path).expect("a link");
+        let child = on_pipes(Command::new(path).args(args));
         Leak::Process {
             child,
             _program: Some(scratch),
@@ -53,8 +61,10 @@ impl Leak {
     /// A process whose name is not ours, in new namespaces.
     fn unshared(flags: &str) -> Leak {
         let mut command = Command::new("unshare");
+        let mut child = on_pipes(command.args(words(flags)).arg("cat"));
+        answers(&mut child);
         Leak::Process {
-            child: answering(command.args(words(flags)).arg("cat")),
+            child,
             _program: None,
         }
     }
@@ -143,14 +153,14 @@ impl Drop for Leak {
     }
 }
 
-/// Starts a program that says what it is told, once it does so: until then its name and its namespaces may still be those of
-/// whoever started it.
-fn answering(command: &mut Command) -> Child {
-    let mut child = command
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("cat");
+fn on_pipes(command: &mut Command) -> Child {
+    let command = command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    let child = command.spawn();
+    child.unwrap_or_else(|error| panic!("{command:?}: {error}"))
+}
+
+/// Waits until `cat` says what it is told: until then its name and its namespaces may still be those of whoever started it.
+fn answers(child: &mut Child) {
     let (question, answer) = (child.stdin.as_mut(), child.stdout.as_mut());
     question.expect("piped").write_all(b"?").expect("it reads");
     let mut byte = [0];
@@ -158,7 +168,6 @@ fn answering(command: &mut Command) -> Child {
         .expect("piped")
         .read_exact(&mut byte)
         .expect("it writes");
-    child
 }
 
 fn words(line: &str) -> Vec<String> {
@@ -318,7 +327,6 @@ fn the_ledger_sees_what_a_daemon_keeps() {
         })
     };
     seen_by(&watched(), "bundle", || Leak::directory(bundles.path()));
-    seen_by(&watched(), "thread", || Leak::thread(CloneFlags::empty()));
     seen_by(&watched(), "descriptor", || Leak::Open {
         _file: File::open("/dev/null").expect("/dev/null"),
     });
@@ -341,6 +349,43 @@ fn the_ledger_sees_what_a_daemon_keeps() {
             _program: None,
         }
     });
+}
+
+/// Starts a thread for a `+`, ends it for a `-`, and says so.
+const THREADS: &str = "import sys, _thread
+lock = _thread.allocate_lock()
+lock.acquire()
+for line in sys.stdin:
+    if line == '+\\n':
+        _thread.start_new_thread(lock.acquire, ())
+    if line == '-\\n':
+        lock.release()
+    print(line, end='', flush=True)
+";
+
+#[test]
+fn the_ledger_sees_a_thread_more_of_a_process_that_goes_on() {
+    let mut leak = Leak::named("/usr/bin/python3", &["-u", "-c", THREADS]);
+    let Leak::Process { child, .. } = &mut leak else {
+        unreachable!("made so")
+    };
+    let mut keys = child.stdin.take().expect("piped");
+    let mut answers = BufReader::new(child.stdout.take().expect("piped")).lines();
+    let mut told = |line: &str| {
+        writeln!(keys, "{line}").expect("it reads");
+        let answer = answers.next().expect("it answers").expect("text");
+        assert_eq!(answer, line);
+    };
+    told("here");
+    let before = Ledger::now();
+    told("+");
+    let added = before.added();
+    told("-");
+    before.balances();
+    assert!(
+        matches!(&added[..], [one] if one.starts_with("thread: ")),
+        "{added:?}"
+    );
 }
 
 #[test]

@@ -48,10 +48,12 @@ const HARNESS_FLAGS: [&str; 2] = ["--test-threads=1", SHOW_OUTPUT];
 const TESTBEDS_MAX: usize = 4;
 /// Into so many pieces the tests of each testbed are cut: each starts from the saved state, which takes two seconds.
 const SHARES_PER_TESTBED: usize = 4;
-/// Tests that take a minute and more where others take seconds, the longest first. Each is a share of its own, and they begin first, so
-/// that no testbed is left alone with one at the end.
-const LONG: [&str; 8] = [
+/// How the names end of tests that take a minute and more where others take seconds, the longest first. Each is a share of its own, and
+/// they begin first, so that no testbed is left alone with one at the end.
+const LONG: [&str; 10] = [
     "volumes::a_hundred_thousand_files_are_listed_and_read",
+    "::containerd_killed_with_running_containers",
+    "::containerd_restarted_with_running_containers",
     "run::thirty_two_cpus_come_up",
     "streams::a_quarter_gibibyte_goes_through_and_comes_back",
     "drill::another_thread_of_a_share_does_none_of_the_forbidden_acts",
@@ -256,8 +258,13 @@ fn listed(list: &str) -> Vec<String> {
 /// The long ones first, each alone; the others dealt out in turn, so that neighbours, which mostly take about as long, go to
 /// different testbeds.
 fn shares(names: &[String], count: usize) -> Vec<Vec<String>> {
-    let long = LONG.map(str::to_owned).into_iter();
-    let long: Vec<String> = long.filter(|name| names.contains(name)).collect();
+    let ending = |end: &'static str| {
+        names
+            .iter()
+            .filter(move |name| name.ends_with(end))
+            .cloned()
+    };
+    let long: Vec<String> = LONG.into_iter().flat_map(ending).collect();
     let others: Vec<String> = names
         .iter()
         .filter(|name| !long.contains(name))
