@@ -58,6 +58,97 @@ fn a_container_over_its_memory_is_killed_and_told() {
 }
 
 #[test]
+fn the_event_of_an_oom_kill_is_ready_before_wait_answers() {
+    let guest = Guest::start();
+    let limited = |spec: &mut serde_json::Value| {
+        let limits = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
+        spec["linux"]["resources"] = limits;
+    };
+    let mut init = guest.spec(&["tail", "/dev/zero"]);
+    limited(&mut init);
+    let mut sleeper = guest.spec(&["sleep", "1000"]);
+    limited(&mut sleeper);
+    let oom = |id: &str, exec: &str| {
+        let request = process_request(id, exec);
+        let ended = guest.client().wait(context(), &request).expect("told");
+        assert_eq!(
+            (ended.exit_status, ended.oom_kills),
+            (137, 1),
+            "{id} {exec}"
+        );
+        // Asked only now: what it answers was there.
+        let event = guest.client().next_event(context(), &Empty::default());
+        let event = event.expect("an event");
+        assert_eq!(event.oom_kill().container_id, id);
+        assert_eq!(event.oom_kill().oom_kills, 1);
+    };
+    let killed = guest.run("c1", &init);
+    oom("c1", "");
+    killed.finish(&guest);
+    guest.delete("c1", "").expect("deleted");
+    let running = guest.run("c2", &sleeper);
+    let exec = guest.exec("c2", "e1", &guest.process("exec tail /dev/zero"));
+    exec.expect("started");
+    oom("c2", "e1");
+    guest.end(running);
+}
+
+#[test]
+fn figures_are_the_kernels() {
+    let guest = Guest::start();
+    let mut spec = guest.spec(&[
+        "sh",
+        "-c",
+        "head -c 3000000 /dev/zero >/file; exec sleep 1000",
+    ]);
+    spec["linux"]["resources"] = json!({"cpu": {"quota": 20_000, "period": 10_000}});
+    let running = guest.run("c1", &spec);
+    let request = container_request("c1");
+    let until = Instant::now() + Duration::from_secs(60);
+    let stats = loop {
+        let stats = guest.client().stats(context(), &request).expect("told");
+        if stats.memory.file >= 3_000_000 {
+            break stats;
+        }
+        assert!(Instant::now() < until, "{stats:?}");
+        std::thread::sleep(Duration::from_millis(10));
+    };
+    let directory = std::path::Path::new("/sys/fs/cgroup/capsid/c1");
+    let keyed = |file: &str, key: &str| -> u64 {
+        let all = lines(directory.join(file));
+        let value = all
+            .iter()
+            .find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
+        value
+            .unwrap_or_else(|| panic!("{key} in {file}"))
+            .parse()
+            .expect("a number")
+    };
+    assert!(
+        stats.cpu.usage_usec > 0 && stats.cpu.nr_periods > 0,
+        "{stats:?}"
+    );
+    assert!(stats.memory.max_usage_bytes >= stats.memory.file);
+    assert!(
+        stats.memory.pgfault > 0 && stats.memory.kernel_stack > 0,
+        "{stats:?}"
+    );
+    // What does not change any more is told to the byte.
+    assert_eq!(stats.memory.file, keyed("memory.stat", "file"));
+    assert_eq!(
+        stats.memory.inactive_anon,
+        keyed("memory.stat", "inactive_anon")
+    );
+    assert_eq!(
+        stats.memory.slab_reclaimable,
+        keyed("memory.stat", "slab_reclaimable")
+    );
+    assert_eq!(stats.memory_events.oom_kill, 0);
+    assert_eq!(stats.pids.current, 1);
+    guest.end(running);
+}
+
+#[test]
 fn an_exec_goes_where_init_is_if_the_container_has_cgroups_of_its_own() {
     let guest = Guest::start();
     let own_tree = "cd /sys/fs/cgroup && mkdir init && echo 1 > init/cgroup.procs && \

@@ -226,14 +226,19 @@ fn containers_of_one_pid_namespace_see_each_other_and_pause_as_pid_1() {
 fn the_pause_process_reaps_orphans() {
     let guest = Guest::start();
     let pid = pause(&guest, "pod");
-    let line = "for i in 1 2 3 4 5 6 7 8; do (sleep 0.1 &); done; exec sleep 1000";
+    let line = "for i in 1 2 3 4 5 6 7 8; do (sleep 999 &); done; exec sleep 1000";
     let running = run_in(&guest, "pod", "c1", line);
-    let children = format!("/proc/{pid}/task/{pid}/children");
-    until("nine processes", || pids(&guest, "c1").len() == 9);
-    until("orphans reaped", || {
-        lines(&children).concat().trim().is_empty()
-    });
-    until("one process", || pids(&guest, "c1").len() == 1);
+    let children = || {
+        let file = lines(format!("/proc/{pid}/task/{pid}/children")).concat();
+        file.split_whitespace().count()
+    };
+    until("eight orphans", || children() == 8);
+    let line = "ps -o pid,args | grep '[s]leep 999' | while read pid rest; do kill -9 $pid; done";
+    let exec = guest.exec("c1", "e1", &guest.process(line));
+    assert_eq!(exec.expect("started").finish(&guest).status, 0);
+    // A zombie is a child still.
+    until("orphans reaped", || children() == 0);
+    assert_eq!(pids(&guest, "c1").len(), 1);
     guest.end(running);
     end_pod(&guest, "pod");
 }
