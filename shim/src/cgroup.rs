@@ -219,16 +219,6 @@ impl Hierarchy {
         Ok(room)
     }
 
-    /// Moves this process into a cgroup that is there.
-    ///
-    /// # Errors
-    /// It is not there, or takes no process.
-    pub fn enter(&self, place: &CgroupPath) -> Result<(), CgroupError> {
-        let members = self.root.join(&place.0).join("cgroup.procs");
-        // 0 is the writer.
-        fs::write(&members, "0").map_err(failed("entering", &members))
-    }
-
     /// Makes the cgroup, with those above it that are not there: they stay, as they do with runc. An empty one that an earlier shim left is
     /// taken over.
     ///

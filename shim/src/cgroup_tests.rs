@@ -1,7 +1,6 @@
 //! Places of cgroups, limits above them, and real cgroups where this machine has version 2 and we may make some.
 
 use super::*;
-use crate::testing::Scratch;
 use proptest::prelude::*;
 use rustix::mount::{MountFlags, MountPropagationFlags, mount_bind, mount_change, mount_remount};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -390,19 +389,4 @@ fn a_read_only_hierarchy_is_said_in_one_sentence() {
         refused.contains("is read-only: containerd must run where it may make cgroups"),
         "{refused}"
     );
-}
-
-#[test]
-fn a_cgroup_is_entered_where_it_is_and_not_made() {
-    let scratch = Scratch::new("cgroup");
-    let hierarchy = Hierarchy {
-        root: scratch.path().to_owned(),
-    };
-    let place = CgroupPath::parse(Path::new("/system.slice/shims")).expect("a path");
-    let error = hierarchy.enter(&place).expect_err("not there").to_string();
-    assert!(error.starts_with("entering /"), "{error}");
-    fs::create_dir_all(scratch.path().join("system.slice/shims")).expect("writable");
-    hierarchy.enter(&place).expect("there");
-    let members = fs::read(scratch.path().join("system.slice/shims/cgroup.procs"));
-    assert_eq!(members.expect("written"), b"0");
 }

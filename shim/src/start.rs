@@ -175,7 +175,7 @@ fn claim(path: &Path, group: Group) -> Result<Claim, StartError> {
 /// Puts this process, which has nothing else to do, where the server is to be: the server inherits it, and is never elsewhere.
 fn place_for_server(request: &Request) -> Result<(), StartError> {
     if let Some(place) = Options::decode(request.options.as_ref())?.shim_cgroup {
-        Hierarchy::find()?.enter(&place)?;
+        Hierarchy::find()?.enter(&place, std::process::id())?;
     }
     if std::env::var_os(SCHED_CORE).is_some_and(|value| !value.is_empty()) {
         share_no_core()?;
@@ -217,7 +217,9 @@ fn share_no_core() -> Result<(), StartError> {
 
 /// Writes the bundle's `address`, which containerd 1.7 and CRI-O read after a restart, byte for byte (`ReadAddress`): all of it or nothing.
 fn write_address(bundle: &Path, address: &str) -> Result<(), StartError> {
-    let (new, path) = (bundle.join(".address"), bundle.join("address"));
+    // A name of this process's own: another start of the same container may be at it.
+    let new = bundle.join(format!(".address.{}", std::process::id()));
+    let path = bundle.join("address");
     std::fs::write(&new, address).map_err(file_error("write", &new))?;
     std::fs::rename(&new, &path).map_err(file_error("write", &path))
 }
