@@ -7,6 +7,7 @@ use crate::parked::Parked;
 use crate::process::{Process, Streams};
 use crate::share::Placed;
 use crate::spec::GuestSpec;
+use crate::stdio::Pumps;
 use crate::vm::Vm;
 use capsid_protocol::agent::StatsResponse;
 use std::collections::{BTreeMap, HashMap};
@@ -197,15 +198,17 @@ impl Container {
         new
     }
 
-    /// Lets go of what it has on the host, and of its streams.
-    pub fn release(&self) {
-        for exec in locked(&self.execs).values() {
-            exec.process.disconnect();
-        }
-        self.init.disconnect();
+    /// Lets go of what it has on the host; its streams are to be closed by the caller.
+    pub fn release(&self) -> Vec<Pumps> {
+        let mut pumps: Vec<Pumps> = locked(&self.execs)
+            .values()
+            .filter_map(|exec| exec.process.take_pumps())
+            .collect();
+        pumps.extend(self.init.take_pumps());
         let parked = locked(&self.parked).take();
         drop(parked);
         let placed = locked(&self.placed).take();
         drop(placed);
+        pumps
     }
 }

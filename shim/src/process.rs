@@ -170,12 +170,9 @@ impl Process {
         }
     }
 
-    /// Lets go of its streams. Loggers end behind it.
-    pub fn disconnect(&self) {
-        let pumps = locked(&self.pumps).take();
-        if let Some(pumps) = pumps {
-            tokio::spawn(pumps.close());
-        }
+    /// Takes its streams, which somebody is to close then.
+    pub fn take_pumps(&self) -> Option<Pumps> {
+        locked(&self.pumps).take()
     }
 }
 

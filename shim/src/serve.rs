@@ -26,8 +26,8 @@ use ttrpc::r#async::{MethodHandler, Service as TtrpcService, TtrpcContext};
 
 /// How long the last events may take to reach containerd, in ms.
 const FLUSH_MS: u64 = 3_000;
-/// Threads for work that blocks: mounts and forks are short, hooks and loggers have none.
-const BLOCKING_THREADS_MAX: usize = 8;
+/// Most threads for work that blocks. Mounts and forks are short; a file on a disk that hangs takes one for each output that goes there.
+const BLOCKING_THREADS_MAX: usize = 64;
 /// How the service is called since containerd 2.0, and before.
 const TASK_V3: &str = "containerd.task.v3.Task";
 const TASK_V2: &str = "containerd.task.v2.Task";
@@ -150,6 +150,7 @@ async fn serve_in(serving: Serving) -> Result<(), ServeError> {
         pod.stop().await;
     }
     pod.end_vm().await;
+    pod.closed().await;
     if !events.flushed(Duration::from_millis(FLUSH_MS)).await {
         tracing::warn!("containerd has not taken the last events");
     }

@@ -67,7 +67,7 @@ impl Pod {
         let container = Arc::new(self.make(&creation).await?);
         let made = self.finish(&container).await;
         if let Err(error) = made {
-            container.release();
+            self.close(container.release());
             self.run_stop_hooks(&container).await;
             drop(reserved);
             self.end_vm_if_empty().await;
@@ -183,9 +183,18 @@ impl Pod {
             hostname: guest.hostname.clone().unwrap_or_default(),
             sysctls: guest.sysctls.clone(),
             cgroup: guest.cgroup.clone(),
+            oom_score_adj: oom_score_adj(spec, role),
         });
         Ok(())
     }
+}
+
+/// A single container's own. The pause container's is not its pod's: it says that pause is to live.
+fn oom_score_adj(spec: &Spec, role: Role<'_>) -> i32 {
+    let process = spec.process().as_ref().filter(|_| role == Role::Alone);
+    process
+        .and_then(|process| process.oom_score_adj())
+        .unwrap_or(0)
 }
 
 fn role(group: &Group) -> Role<'_> {

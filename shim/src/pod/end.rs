@@ -127,7 +127,7 @@ impl Pod {
             })
             .await;
         }
-        exec.process.disconnect();
+        self.close(exec.process.take_pumps());
         container.forget_exec(exec_id);
         Ok(exit)
     }
@@ -159,7 +159,7 @@ impl Pod {
             Some(vm) if !vm.has_ended() => remove_in_guest(&vm, container).await,
             _ => {}
         }
-        container.release();
+        self.close(container.release());
         self.run_stop_hooks(container).await;
     }
 

@@ -18,6 +18,7 @@ use crate::hooks;
 use crate::record::Record;
 use crate::share::Tree;
 use crate::sizing::Size;
+use crate::stdio::Pumps;
 use crate::vm::Vm;
 use containerd_shim_protos::events::task::TaskOOM;
 use protobuf::well_known_types::timestamp::Timestamp;
@@ -26,6 +27,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use tokio::sync::OnceCell;
+use tokio::task::JoinSet;
 use ttrpc::Code;
 
 pub use ask::Status;
@@ -66,6 +68,8 @@ struct Wished {
     hostname: String,
     sysctls: BTreeMap<String, String>,
     cgroup: Option<CgroupPath>,
+    /// How readily the host's kernel kills the VMM for want of memory (proc_pid_oom_score_adj(5)).
+    oom_score_adj: i32,
 }
 
 /// A pod.
@@ -81,6 +85,8 @@ pub struct Pod {
     wished: Mutex<Option<Wished>>,
     machine: tokio::sync::Mutex<Option<Machine>>,
     record: Mutex<Record>,
+    /// Streams that are being closed: their loggers may have something to write yet.
+    closing: Mutex<JoinSet<()>>,
 }
 
 impl Pod {
@@ -102,6 +108,7 @@ impl Pod {
             wished: Mutex::default(),
             machine: tokio::sync::Mutex::default(),
             record: Mutex::new(record),
+            closing: Mutex::default(),
         }
     }
 
@@ -128,6 +135,21 @@ impl Pod {
             Slot::There(container) if container.pid == pid => Some(Arc::clone(container)),
             _ => None,
         })
+    }
+
+    /// Closes streams behind whatever comes next.
+    fn close(&self, pumps: impl IntoIterator<Item = Pumps>) {
+        let mut closing = locked(&self.closing);
+        for pumps in pumps {
+            closing.spawn(pumps.close());
+        }
+        while closing.try_join_next().is_some() {}
+    }
+
+    /// Waits until all streams are closed and their loggers have ended, which takes them 12 s at most.
+    pub async fn closed(&self) {
+        let closing = std::mem::take(&mut *locked(&self.closing));
+        closing.join_all().await;
     }
 
     /// The configuration.

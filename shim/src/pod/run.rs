@@ -4,15 +4,15 @@ use super::{Machine, Pod, locked, timestamp};
 use crate::agent::Target;
 use crate::cgroup::{Cgroup, CgroupPath, Hierarchy};
 use crate::container::{Container, Exec, InGuest};
-use crate::error::{TaskError, chain, internal, refuse};
+use crate::error::{TaskError, chain, internal, invalid, refuse};
 use crate::events::Event;
 use crate::hooks::Status;
 use crate::process::{Exit, Process};
-use crate::record::Started;
+use crate::record::{Record, Started};
 use crate::sizing::Size;
 use crate::spec::{GuestSpec, PidNamespace};
 use crate::state::Verb;
-use crate::stdio::{GuestEnds, Outputs, Stdio, Wanted};
+use crate::stdio::{GuestEnds, Outputs, Stdio, StdioError, Wanted};
 use crate::vm::Vm;
 use capsid_owner::files::Part;
 use capsid_owner::machine::Parts;
@@ -128,7 +128,10 @@ impl Pod {
     /// Opens a process's streams on both sides and connects them.
     async fn streams(&self, vm: &Vm, process: &Process, id: &str) -> Result<api::Stdio, TaskError> {
         let opened = Stdio::open(process.streams.urls(id, &self.namespace)).await;
-        let opened = opened.map_err(|error| internal(&error))?;
+        let opened = opened.map_err(|error| match error {
+            StdioError::Name { .. } => invalid(&error),
+            error => internal(&error),
+        })?;
         let Wanted {
             stdin,
             stdout,
@@ -240,7 +243,6 @@ impl Pod {
         if !process.ended(exit) {
             return;
         }
-        process.disconnect();
         let id = if exec_id.is_empty() {
             &container.id
         } else {
@@ -291,13 +293,20 @@ impl Pod {
         let share = self.tree().await?.copy().await;
         let share = share.map_err(|error| internal(&error))?;
         let cgroup = wished.cgroup.as_ref().map(make_cgroup).transpose()?;
+        // Before there is anything in it: whoever kills this process now leaves a note of it.
+        self.record(|record| record.cgroup = wished.cgroup.as_ref().map(ToString::to_string))?;
         let entrance = cgroup.as_ref().map(Cgroup::entrance).transpose();
         let entrance = entrance.map_err(|error| internal(&error))?.map(File::from);
         let parts = self.parts(&size, share, entrance)?;
         let limit = self.config()?.boot_timeout;
         let booted = Vm::boot(parts, limit, (&wished.hostname, &wished.sysctls)).await;
         let (vm, guest) = booted.map_err(|error| refuse(Code::UNAVAILABLE, chain(&error)))?;
-        self.keep_record(&vm, wished.cgroup.as_ref())?;
+        self.record(|record| record.vmm = Started::now(vm.pid()))?;
+        // It has the shim's until now, which the kernel spares.
+        let score = format!("/proc/{}/oom_score_adj", vm.pid());
+        if let Err(cause) = std::fs::write(&score, wished.oom_score_adj.to_string()) {
+            tracing::warn!(%cause, score, "the VMM keeps the shim's OOM score");
+        }
         tracing::info!(
             pod = self.id,
             vmm_pid = vm.pid(),
@@ -337,10 +346,9 @@ impl Pod {
     }
 
     /// Notes what the `delete` action would have to end.
-    fn keep_record(&self, vm: &Vm, cgroup: Option<&CgroupPath>) -> Result<(), TaskError> {
+    fn record(&self, note: impl FnOnce(&mut Record)) -> Result<(), TaskError> {
         let mut record = locked(&self.record);
-        record.vmm = Started::now(vm.pid());
-        record.cgroup = cgroup.map(|place| place.to_string());
+        note(&mut record);
         let written = record.write(&self.bundle);
         written.map_err(|cause| {
             let text = format!("writing what `delete` needs into the bundle: {cause}");
