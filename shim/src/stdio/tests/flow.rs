@@ -202,7 +202,7 @@ async fn an_input_that_is_still_written_does_not_end_by_close_io_alone() {
     let (mut late, got) = (writer(&stdin), guest.stdin());
     pumps.close_stdin();
     pumps.close_stdin();
-    tokio::task::yield_now().await;
+    pumps_turn().await;
     late.write_all(b"said after CloseIO")
         .expect("it is still read");
     drop(late);
@@ -247,7 +247,8 @@ async fn a_reader_that_goes_away_and_comes_back_loses_nothing() {
         got
     })
     .await;
-    // Nobody reads now; the guest's writer waits.
+    // Nobody reads now, and the guest's writer waits.
+    pumps_turn().await;
     let rest = reader(&stdout);
     got.extend(beside(move || read_all(rest)).await);
     assert!(got == sent);

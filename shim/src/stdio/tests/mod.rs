@@ -56,9 +56,24 @@ fn reader(path: impl AsRef<Path>) -> File {
     file
 }
 
-/// Opens a fifo for writing; its reader is there.
+/// Opens a fifo for writing; its reader must be there.
 fn writer(path: impl AsRef<Path>) -> File {
-    OpenOptions::new().write(true).open(path).expect("a fifo")
+    let mut options = OpenOptions::new();
+    let file = options
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(path);
+    let file = file.expect("a fifo with a reader");
+    rustix::io::ioctl_fionbio(&file, false).expect("a fifo");
+    file
+}
+
+/// Until the pumps have done all that they can do now.
+async fn pumps_turn() {
+    // More than the turns between two looks at the descriptors.
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
 }
 
 /// The guest's far ends of the streams.

@@ -33,17 +33,21 @@ async fn an_output_that_nobody_takes_is_given_up_after_5_s() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn what_the_pipe_holds_is_written_whoever_reads() {
+async fn what_the_pipe_can_hold_is_written_and_kept_while_nobody_reads() {
     let place = Place::new();
     let stdout = place.fifo("1");
     let reader = impatient(&stdout);
     let (pumps, mut guest) = joined(stdout_to(&stdout)).await.expect("a fifo");
     drop(reader);
-    guest.stdout().write_all(b"last words").expect("room");
-    drop(guest);
+    let mut guest_out = guest.stdout();
+    guest_out.write_all(b"last words").expect("room");
+    pumps_turn().await;
+    let back = impatient(&stdout);
+    drop(guest_out);
     let called = Instant::now();
     assert_eq!(pumps.outputs_done().await, Outputs::Written);
     assert!(called.elapsed() < Duration::from_secs(1));
+    assert_eq!(read_all(back), b"last words");
 }
 
 #[tokio::test(start_paused = true)]
