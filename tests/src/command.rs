@@ -1,10 +1,12 @@
 //! Runs a program with a deadline and gives back everything it said.
 
+use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc;
 use std::thread;
@@ -39,6 +41,27 @@ fn holds_by(deadline: Instant, condition: impl Fn() -> bool) -> bool {
         thread::sleep(LOOK_STEP);
     }
     true
+}
+
+/// Kills the processes that `picked` says, each told by its directory in /proc.
+///
+/// # Panics
+/// There is no /proc.
+pub fn kill_those(picked: impl Fn(&Path) -> bool) {
+    for entry in fs::read_dir("/proc").expect("/proc").flatten() {
+        let Ok(pid) = entry.file_name().to_string_lossy().parse() else {
+            continue;
+        };
+        if picked(&entry.path()) {
+            // It may end by itself meanwhile.
+            let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
+/// Whether a process works in a directory or below it.
+pub fn works_in(process: &Path, directory: &Path) -> bool {
+    fs::read_link(process.join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory))
 }
 
 /// A command in the making.
@@ -325,8 +348,7 @@ impl Running {
         let (pid, limit) = (self.pid(), self.limit);
         let watch = thread::spawn(move || {
             if ended.recv_timeout(limit).is_err() {
-                let _gone =
-                    nix::sys::signal::kill(Pid::from_raw(pid), nix::sys::signal::Signal::SIGKILL);
+                let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
                 true
             } else {
                 false

@@ -5,7 +5,7 @@
 
 use crate::bundle::Scratch;
 use crate::capsid::image;
-use crate::command::{RUN_TIMEOUT_S, Run, eventually};
+use crate::command::{RUN_TIMEOUT_S, Run, eventually, kill_those, works_in};
 use crate::ledger::{self, Ledger};
 use nix::mount::{MntFlags, umount2};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -375,23 +375,12 @@ impl Daemon {
 
     /// Kills what it started and did not end: what works in its directories, or was told its socket.
     fn kill_shims(&self) {
-        let directory = self.scratch.path();
         let socket = self.socket();
-        for entry in fs::read_dir("/proc").expect("/proc").flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse() else {
-                continue;
-            };
-            let works =
-                fs::read_link(entry.path().join("cwd")).is_ok_and(|cwd| cwd.starts_with(directory));
-            let command = fs::read(entry.path().join("cmdline")).unwrap_or_default();
-            let told = command
-                .split(|byte| *byte == 0)
-                .any(|word| word == socket.as_bytes());
-            if works || told {
-                // It may end by itself meanwhile.
-                let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-        }
+        kill_those(|process| {
+            let command = fs::read(process.join("cmdline")).unwrap_or_default();
+            let mut words = command.split(|byte| *byte == 0);
+            works_in(process, self.scratch.path()) || words.any(|word| word == socket.as_bytes())
+        });
     }
 
     /// Takes away what is mounted in its directories, the last first.

@@ -2,7 +2,7 @@
 //! internal/oci/runtime_vm.go; containerd 1.7, runtime/v2/shim/util.go), without containerd and without an address to tell events to.
 
 use crate::bundle::{Scratch, privileged_spec, write};
-use crate::command::RUN_TIMEOUT_S;
+use crate::command::{RUN_TIMEOUT_S, kill_those, works_in};
 use containerd_shim_protos::api::{
     CreateTaskRequest, CreateTaskResponse, DeleteRequest, DeleteResponse, Empty,
     ExecProcessRequest, KillRequest, ShutdownRequest, StartRequest, StartResponse, StateRequest,
@@ -11,9 +11,8 @@ use containerd_shim_protos::api::{
 use containerd_shim_protos::protobuf::well_known_types::any::Any;
 use containerd_shim_protos::protobuf::{Message, MessageField};
 use containerd_shim_protos::ttrpc::{self, Client, Code};
-use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
-use nix::unistd::{Pid, mkfifo};
+use nix::unistd::mkfifo;
 use serde_json::{Value, json};
 use std::fs::{self, File};
 use std::io::Read;
@@ -282,26 +281,11 @@ impl Container {
         };
         (names.0, names.1, outputs)
     }
-
-    /// Kills the shim, if it is still there: it works in its bundle, or was told its id.
-    fn kill_shim(&self) {
-        for entry in fs::read_dir("/proc").expect("/proc").flatten() {
-            let Ok(pid) = entry.file_name().to_string_lossy().parse() else {
-                continue;
-            };
-            let works = fs::read_link(entry.path().join("cwd"))
-                .is_ok_and(|cwd| cwd.starts_with(self.bundle()));
-            if works {
-                // It may end by itself meanwhile.
-                let _gone = kill(Pid::from_raw(pid), Signal::SIGKILL);
-            }
-        }
-    }
 }
 
 impl Drop for Container {
     fn drop(&mut self) {
-        self.kill_shim();
+        kill_those(|process| works_in(process, self.bundle()));
     }
 }
 

@@ -1,7 +1,7 @@
 //! What happens to a container is told, in the order in which it happened.
 
 use capsid_tests::command::Running;
-use capsid_tests::containerd::Daemon;
+use capsid_tests::containerd::{Daemon, Runtime};
 use std::time::Duration;
 
 /// A subscription is not acknowledged: something happens every so often until one event of it has come.
@@ -38,9 +38,7 @@ pub(crate) fn events_come_in_order(daemon: &Daemon) {
     running.types("go\n");
     running.wait().exits(4);
 
-    let heard = listener.until("/tasks/delete");
-    let heard = String::from_utf8_lossy(&heard).into_owned()
-        + &String::from_utf8_lossy(&listener.until("\n"));
+    let heard = until_line(&mut listener, "/tasks/delete");
     let tasks: Vec<(&str, serde_json::Value)> = heard.lines().filter_map(task_event).collect();
     let topics: Vec<&str> = tasks.iter().map(|(topic, _)| *topic).collect();
     assert_eq!(
@@ -74,6 +72,34 @@ pub(crate) fn events_come_in_order(daemon: &Daemon) {
     }
     assert_eq!(field(8, "exit_status"), 4, "{heard}");
     assert_eq!(field(8, "exited_at"), field(7, "exited_at"), "{heard}");
+}
+
+/// A container that takes more memory than it may have.
+pub(crate) fn an_oom_is_told_and_is_137(daemon: &Daemon) {
+    let mut listener = listener(daemon);
+    let flags = ["--rm", "--memory-limit", "33554432"];
+    let script = "exec dd if=/dev/zero of=/dev/shm/much bs=1M count=60";
+    daemon.run(&flags, "one", script).wait().exits(137);
+    // runc's shim looks at the cgroup beside the exit, which may take the cgroup away first.
+    if daemon.runtime() == Runtime::Capsid {
+        let heard = until_line(&mut listener, "/tasks/delete");
+        let topics: Vec<&str> = heard
+            .lines()
+            .filter_map(task_event)
+            .map(|event| event.0)
+            .collect();
+        assert_eq!(
+            topics,
+            ["create", "start", "oom", "exit", "delete"],
+            "{heard}"
+        );
+    }
+}
+
+/// What comes up to the end of the line with this mark.
+fn until_line(listener: &mut Running, mark: &str) -> String {
+    let heard = [listener.until(mark), listener.until("\n")].concat();
+    String::from_utf8_lossy(&heard).into_owned()
 }
 
 /// The topic behind `/tasks/`, and what the event says; other events are none of a task.

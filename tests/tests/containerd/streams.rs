@@ -1,7 +1,9 @@
 //! Nothing that goes in or comes out is lost, reordered or invented.
 
+use capsid_tests::command::eventually;
 use capsid_tests::containerd::Daemon;
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
 /// How much goes through, in MiB.
@@ -80,4 +82,33 @@ pub(crate) fn output_goes_to_a_file(daemon: &Daemon) {
     }
     let text = fs::read_to_string(&path).expect("the shim makes it");
     assert_eq!(text, "first\nsecond\n");
+}
+
+/// A logger of the scheme `binary` (containerd, core/runtime/v2/logging): the outputs are its descriptors 3 and 4, and by closing 5
+/// it says that it reads them. What stands behind the `?` are its arguments. A shim may send it SIGTERM once the container is deleted.
+const LOGGER: &str = "#!/bin/sh
+trap '' TERM
+exec 5>&-
+cat <&3 > $2.out &
+cat <&4 > $2.err
+wait
+echo $1 $CONTAINER_ID $CONTAINER_NAMESPACE > $2.end
+";
+
+pub(crate) fn output_goes_to_a_logger(daemon: &Daemon) {
+    let (logger, place) = (daemon.file("logger"), daemon.file("place"));
+    fs::write(&logger, LOGGER).expect("a directory of ours");
+    fs::set_permissions(&logger, Permissions::from_mode(0o700)).expect("a file of ours");
+    let uri = format!("binary://{logger}?to={place}");
+    let script = "echo out; echo err >&2";
+    let flags = ["--detach", "--log-uri", &uri];
+    daemon.run(&flags, "one", script).wait().exits(0);
+    daemon.reaches("one", "STOPPED");
+    assert_eq!(daemon.delete("one"), 0);
+    let text = |end: &str| fs::read_to_string(format!("{place}.{end}")).unwrap_or_default();
+    eventually("the logger ends", || text("end") == "to one default\n");
+    assert_eq!(
+        (text("out"), text("err")),
+        ("out\n".to_owned(), "err\n".to_owned())
+    );
 }

@@ -104,6 +104,17 @@ pub(crate) fn task_ls_shows_the_pid_and_status(daemon: &Daemon) {
     assert_eq!(daemon.status("one"), None);
 }
 
+pub(crate) fn task_ps_shows_the_pid(daemon: &Daemon) {
+    let running = up(daemon, "one", UP);
+    let (pid, _) = daemon.status("one").expect("listed");
+    let table = daemon.task(&["ps"], "one");
+    let listed = table
+        .lines()
+        .any(|line| line.split_whitespace().next() == Some(&pid.to_string()));
+    assert!(listed, "{pid} in: {table}");
+    end(daemon, running, "one");
+}
+
 fn inode(path: &Path) -> (u64, u64) {
     let metadata = fs::metadata(path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     (metadata.dev(), metadata.ino())
