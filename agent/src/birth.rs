@@ -88,20 +88,15 @@ pub(crate) fn launch_init(
 
 /// The pid namespace of a container that has not ended.
 fn pid_namespace(of: &Container) -> Result<OwnedFd> {
-    let ended = || {
-        let why = format!("pid_namespace_of: container {} has ended", of.id);
-        Err(SandboxError::Wrong(why))
-    };
-    let path = format!("/proc/{}/ns/pid", of.init.pid);
-    let opened = match std::fs::File::open(path) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => return ended(),
-        result => result.map_err(io_error("opening the pid namespace to share"))?,
-    };
+    let opened = std::fs::File::open(format!("/proc/{}/ns/pid", of.init.pid));
     // Not ended after the look: until now the pid has meant no other process.
-    match of.init.runs() {
-        true => Ok(opened.into()),
-        false => ended(),
+    if !of.init.runs() {
+        let why = format!("pid_namespace_of: container {} has ended", of.id);
+        return Err(SandboxError::Wrong(why));
     }
+    Ok(opened
+        .map_err(io_error("opening the pid namespace to share"))?
+        .into())
 }
 
 /// The pause process of a pod, in a cgroup that is made for it. Its streams end here: nobody reads and nobody writes.

@@ -181,7 +181,12 @@ impl Process {
             tv_sec: 0,
             tv_nsec: 0,
         };
-        matches!(poll(&mut fds, Some(&now)), Ok(0))
+        loop {
+            match poll(&mut fds, Some(&now)) {
+                Err(rustix::io::Errno::INTR) => {}
+                ready => return ready == Ok(0),
+            }
+        }
     }
 
     /// How it ended, if the kernel has reaped it.
