@@ -59,28 +59,55 @@ impl Outputs {
     }
 }
 
-/// The annotations by which CRI-O says what a container is, and in which pod.
-pub fn annotations(kind: &str, sandbox: &str) -> Value {
-    json!({
-        "io.kubernetes.cri-o.ContainerType": kind,
-        "io.kubernetes.cri-o.SandboxID": sandbox,
-    })
+/// What a container is in its pod.
+#[derive(Clone, Copy, Debug)]
+pub enum Role<'a> {
+    /// The one that holds the pod's namespaces.
+    Sandbox,
+    /// Another, in the namespaces of a sandbox.
+    Container {
+        /// The sandbox's id.
+        sandbox: &'a str,
+        /// The pid of its task.
+        pid: u32,
+    },
+}
+
+impl Role<'_> {
+    /// By which annotations, and with which namespaces, CRI-O says so of the container with this id.
+    fn write(self, id: &str, spec: &mut Value) {
+        let (kind, sandbox) = match self {
+            Role::Sandbox => ("sandbox", id),
+            Role::Container { sandbox, .. } => ("container", sandbox),
+        };
+        spec["annotations"] = json!({
+            "io.kubernetes.cri-o.ContainerType": kind,
+            "io.kubernetes.cri-o.SandboxID": sandbox,
+        });
+        let shared = [("network", "net"), ("ipc", "ipc"), ("uts", "uts")];
+        let mut namespaces = vec![json!({"type": "mount"}), json!({"type": "pid"})];
+        namespaces.extend(shared.map(|(kind, file)| match self {
+            Role::Sandbox => json!({ "type": kind }),
+            Role::Container { pid, .. } => {
+                json!({ "type": kind, "path": format!("/proc/{pid}/ns/{file}") })
+            }
+        }));
+        spec["linux"]["namespaces"] = namespaces.into();
+    }
 }
 
 impl Container {
-    /// Starts the shim for a container that runs `script`, in a pod with a network namespace of its own.
+    /// Starts the shim for a container that runs `script`.
     ///
     /// # Panics
     /// The shim does not start, says something on standard error, or answers what CRI-O does not take.
-    pub fn start(shim: &str, id: &str, annotations: Value, script: &str) -> Container {
+    pub fn start(shim: &str, id: &str, role: Role<'_>, script: &str) -> Container {
         let scratch = Scratch::new(id);
         let bundle = scratch.path();
         let mut spec = privileged_spec(script);
         // CRI-O mounts images by itself, anywhere.
         spec["root"] = json!({ "path": bundle.join("rootfs") });
-        spec["annotations"] = annotations;
-        spec["linux"]["namespaces"] =
-            json!(["mount", "ipc", "uts", "pid", "network"].map(|kind| json!({ "type": kind })));
+        role.write(id, &mut spec);
         write(bundle, &spec);
         fifo(&bundle.join("log"));
         follow_log(&bundle.join("log"));

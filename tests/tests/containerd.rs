@@ -79,8 +79,8 @@ macro_rules! each_containerd {
         mod $name {
             mod crio {
                 #[test]
-                fn a_container_of_crio_lives_and_dies() {
-                    crate::crio::a_container_of_crio_lives_and_dies($runtime);
+                fn a_pod_of_crio_lives_and_dies() {
+                    crate::crio::a_pod_of_crio_lives_and_dies($runtime);
                 }
 
                 #[test]

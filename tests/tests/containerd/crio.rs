@@ -2,9 +2,9 @@
 
 use capsid_tests::command::eventually;
 use capsid_tests::containerd::Runtime;
-use capsid_tests::crio::{Container, annotations};
+use capsid_tests::crio::{Container, Outputs, Role};
 use capsid_tests::ledger::Ledger;
-use containerd_shim_protos::api::Status;
+use containerd_shim_protos::api::{DeleteResponse, Status};
 use containerd_shim_protos::ttrpc::Code;
 
 /// The signal that is none, and the one that nobody survives.
@@ -21,18 +21,24 @@ fn is(container: &Container, status: Status) {
     assert_eq!(state.status(), status, "{state:?}");
 }
 
-/// Everything that CRI-O does with a container that stands alone.
-pub(crate) fn a_container_of_crio_lives_and_dies(runtime: Runtime) {
+/// Everything that CRI-O does with a pod of one container.
+pub(crate) fn a_pod_of_crio_lives_and_dies(runtime: Runtime) {
     // The first makes what stays.
-    life(runtime.shim(), "first");
+    life(runtime, "first");
     let before = Ledger::now();
-    life(runtime.shim(), "second");
+    life(runtime, "second");
     before.balances();
 }
 
-fn life(shim: &str, id: &str) {
-    let sandbox = annotations("sandbox", id);
-    let container = Container::start(shim, id, sandbox, UP);
+fn life(runtime: Runtime, name: &str) {
+    let shim = runtime.shim();
+    let (sandbox, pid, _outputs) = sandbox(shim, name);
+    let id = format!("{name}-container");
+    let role = Role::Container { sandbox: name, pid };
+    let container = Container::start(shim, &id, role, UP);
+    if runtime == Runtime::Capsid {
+        assert_eq!(container.address(), sandbox.address(), "a pod has one shim");
+    }
     assert_eq!(container.state().err(), Some(Code::NOT_FOUND));
     let (pid, outputs) = container.create().expect("created");
     is(&container, Status::CREATED);
@@ -48,14 +54,30 @@ fn life(shim: &str, id: &str) {
     assert_eq!(deleted.exit_status, 5);
     assert_eq!(exec.text(), ("out\n".to_owned(), "err\n".to_owned()));
 
-    assert_eq!(container.kill("", KILL), Ok(()));
-    assert_eq!(container.wait(""), Ok(KILLED));
-    is(&container, Status::STOPPED);
-    assert_eq!(container.kill("", PROBE), Err(Code::NOT_FOUND));
-    let deleted = container.delete("").expect("deleted");
+    let deleted = killed_and_deleted(&container);
     assert_eq!((deleted.pid, deleted.exit_status), (pid, KILLED));
     assert_eq!(outputs.text(), ("up\n".to_owned(), String::new()));
-    gone(&container);
+    container.shutdown();
+    // The sandbox goes on without it.
+    is(&sandbox, Status::RUNNING);
+    killed_and_deleted(&sandbox);
+    gone(&sandbox);
+}
+
+/// A sandbox that runs, and the pid of its task.
+fn sandbox(shim: &str, id: &str) -> (Container, u32, Outputs) {
+    let sandbox = Container::start(shim, id, Role::Sandbox, UP);
+    let (pid, outputs) = sandbox.create().expect("created");
+    sandbox.run("").expect("started");
+    (sandbox, pid, outputs)
+}
+
+fn killed_and_deleted(container: &Container) -> DeleteResponse {
+    assert_eq!(container.kill("", KILL), Ok(()));
+    assert_eq!(container.wait(""), Ok(KILLED));
+    is(container, Status::STOPPED);
+    assert_eq!(container.kill("", PROBE), Err(Code::NOT_FOUND));
+    container.delete("").expect("deleted")
 }
 
 /// A shim that was told to go does, with its socket.
@@ -69,15 +91,10 @@ fn gone(container: &Container) {
 
 /// A CRI-O that was restarted reads where the shim listens, and waits for the end that it has not seen.
 pub(crate) fn a_restarted_crio_finds_its_container(runtime: Runtime) {
-    let sandbox = annotations("sandbox", "one");
-    let mut container = Container::start(runtime.shim(), "one", sandbox, UP);
-    let (pid, _outputs) = container.create().expect("created");
-    container.run("").expect("started");
-    container.found_again();
-    let state = container.state().expect("it is there");
+    let (mut sandbox, pid, _outputs) = sandbox(runtime.shim(), "one");
+    sandbox.found_again();
+    let state = sandbox.state().expect("it is there");
     assert_eq!((state.pid, state.status()), (pid, Status::RUNNING));
-    assert_eq!(container.kill("", KILL), Ok(()));
-    assert_eq!(container.wait(""), Ok(KILLED));
-    container.delete("").expect("deleted");
-    gone(&container);
+    killed_and_deleted(&sandbox);
+    gone(&sandbox);
 }
