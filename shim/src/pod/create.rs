@@ -122,7 +122,11 @@ impl Pod {
             root: root(creation, &guest, is_pause),
             volumes: guest.volumes.clone(),
         };
-        let placed = self.tree().await?.add(placement).await;
+        let placed = {
+            // Not while a VM boots: what is mounted between the copy of the tree and its arrival in the VMM is not in either of them.
+            let _no_boot = self.machine.lock().await;
+            self.tree().await?.add(placement).await
+        };
         let mut placed = placed.map_err(|error| internal(&error))?;
         let root = placed
             .take_root()
