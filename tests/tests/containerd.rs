@@ -113,6 +113,7 @@ macro_rules! of_vms {
             faults::a_killed_vmm_is_137_for_its_container,
             faults::a_pod_is_one_vm,
             faults::a_vm_that_stands_still_is_answered_for_and_killed,
+            faults::shims_are_small,
         }
     };
 }

@@ -3,6 +3,7 @@
 use crate::tasks::UP;
 use capsid_tests::command::eventually;
 use capsid_tests::containerd::Daemon;
+use capsid_tests::cost::own_pss_kib;
 use capsid_tests::ledger::Ledger;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -173,4 +174,38 @@ pub(crate) fn a_pod_is_one_vm(daemon: &Daemon) {
     remove(daemon, "pod");
     assert!(!is_there(vmm));
     is_balanced(daemon, &before);
+}
+
+/// What a pod costs beside its guest's memory, idle, in KiB: a shim alone (of which four fifths are its program's pages, that others would share; 4 MiB
+/// are aimed at), each of ten, a shim with its VMM.
+const SHIM_MAX_KIB: u64 = 4_608;
+const SHIM_OF_TEN_MAX_KIB: u64 = 2 << 10;
+const BOTH_MAX_KIB: u64 = 8 << 10;
+const PODS: usize = 10;
+
+pub(crate) fn shims_are_small(daemon: &Daemon) {
+    let pss = |id: &str, which| {
+        let pid = process(daemon, id, which).as_raw();
+        own_pss_kib(u32::try_from(pid).expect("a pid")).expect("it runs")
+    };
+    let ids: Vec<String> = (0..PODS).map(|number| format!("c{number}")).collect();
+    detached(daemon, &ids[0]);
+    let (shim, vmm) = (pss(&ids[0], "shim"), pss(&ids[0], "vmm"));
+    println!("a shim: {shim} KiB, its VMM: {vmm} KiB");
+    for id in &ids[1..] {
+        detached(daemon, id);
+    }
+    let each = ids.iter().map(|id| pss(id, "shim")).sum::<u64>() / ids.len() as u64;
+    println!("each of {PODS} shims: {each} KiB");
+    for id in &ids {
+        daemon.task(&["kill", "--signal", "SIGKILL"], id);
+        daemon.reaches(id, "STOPPED");
+        daemon.delete(id);
+        remove(daemon, id);
+    }
+    assert!(
+        shim <= SHIM_MAX_KIB && shim + vmm <= BOTH_MAX_KIB,
+        "{shim}, {vmm}"
+    );
+    assert!(each <= SHIM_OF_TEN_MAX_KIB, "{each}");
 }
