@@ -17,10 +17,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 /// How long a killed process may take to be gone, in seconds: containerd waits five for all of this.
 const GONE_TIMEOUT_S: i64 = 2;
+
+/// How long all poststop hooks may take together, in seconds: the same.
+const HOOKS_TIMEOUT_S: u64 = 2;
 
 /// Whose remains.
 #[derive(Debug)]
@@ -73,8 +76,9 @@ pub fn delete(deleting: &Deleting) -> Result<DeleteResponse, DeleteError> {
     }
     let task = TaskRecord::read(bundle).map_err(unreadable)?;
     if task.is_some() {
-        run_hooks(id, bundle);
+        // First: they run once, even if they do not end in time.
         TaskRecord::remove(bundle);
+        run_hooks(id, bundle);
     }
     Ok(DeleteResponse {
         pid: task.map_or(0, |task| task.pid),
@@ -86,13 +90,13 @@ pub fn delete(deleting: &Deleting) -> Result<DeleteResponse, DeleteError> {
 
 /// Ends the server, which ends the VMM, and the VMM, which may hang; then what was theirs.
 fn end(record: &Record) -> Result<(), DeleteError> {
-    for process in [record.shim, record.vmm].into_iter().flatten() {
-        if process.pid == std::process::id() {
-            continue; // not a server that was started as one
-        }
-        if let Some(pidfd) = process.kill() {
-            gone(&pidfd).ok_or(DeleteError::Alive(process.pid))?;
-        }
+    let processes = [record.shim, record.vmm].into_iter().flatten();
+    // Not a server that was started as one.
+    let others = processes.filter(|process| process.pid != std::process::id());
+    let killed = others.filter_map(|process| Some((process.pid, process.kill()?)));
+    // All are killed before one is waited for.
+    for (pid, pidfd) in killed.collect::<Vec<_>>() {
+        gone(&pidfd).ok_or(DeleteError::Alive(pid))?;
     }
     let place = record.cgroup.as_ref();
     let place = place.and_then(|place| CgroupPath::parse(Path::new(place)).ok());
@@ -147,8 +151,21 @@ fn run_hooks(id: &str, bundle: &Path) {
         bundle,
         annotations: &annotations,
     };
-    for error in runtime.block_on(hooks::run_each(&hooks.stopped, &state)) {
-        tracing::warn!(container = id, error = chain(&error), "poststop");
+    let limit = Duration::from_secs(HOOKS_TIMEOUT_S);
+    let ran = runtime.block_on(async {
+        // Those that are dropped are killed.
+        tokio::time::timeout(limit, hooks::run_each(&hooks.stopped, &state)).await
+    });
+    match ran {
+        Ok(failures) => {
+            for error in failures {
+                tracing::warn!(container = id, error = chain(&error), "poststop");
+            }
+        }
+        Err(_) => tracing::warn!(
+            container = id,
+            "poststop hooks took more than {HOOKS_TIMEOUT_S} s and were killed"
+        ),
     }
 }
 

@@ -20,7 +20,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
-use tokio::sync::Notify;
 use ttrpc::r#async::transport::Listener;
 use ttrpc::r#async::{MethodHandler, Service as TtrpcService, TtrpcContext};
 
@@ -120,14 +119,13 @@ async fn serve_in(serving: Serving) -> Result<(), ServeError> {
         config,
         events.clone(),
     ));
-    let over = Arc::new(Notify::new());
     serving
         .socket
         .set_nonblocking(true)
         .map_err(io_error("listening"))?;
     let listener = tokio::net::UnixListener::from_std(serving.socket);
     let listener = listener.map_err(io_error("listening"))?;
-    let service = Service::new(Arc::clone(&pod), Arc::clone(&over));
+    let service = Service::new(Arc::clone(&pod));
     let mut server = ttrpc::r#async::Server::new()
         .register_service(tasks(service))
         .register_service(no_sandboxes())
@@ -138,28 +136,28 @@ async fn serve_in(serving: Serving) -> Result<(), ServeError> {
         signal(SignalKind::interrupt()).map_err(io_error("listening for SIGINT"))?;
     loop {
         tokio::select! {
-            () = over.notified() => break,
+            () = pod.over() => break,
             _ = term.recv() => {}
             _ = interrupt.recv() => {}
         }
         // Somebody wants the pod to end: containerd is told how, and ends this process when it has cleaned up.
-        if pod.is_empty() {
-            break;
+        if !pod.end_if_unwanted() {
+            tracing::warn!("told to end: the VM is stopped");
+            let pod = Arc::clone(&pod);
+            tokio::spawn(async move { pod.stop().await });
         }
-        tracing::warn!("told to end: the VM is stopped");
-        pod.stop().await;
     }
-    pod.end_vm().await;
-    pod.closed().await;
-    if !events.flushed(Duration::from_millis(FLUSH_MS)).await {
-        tracing::warn!("containerd has not taken the last events");
-    }
-    // From here on a new `start` makes its own.
+    // From here on a new `start` makes a server of its own, and this one has nothing that it creates.
     match std::fs::remove_file(&serving.socket_path) {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => {
             tracing::warn!(%cause, "removing the socket");
         }
         _ => {}
+    }
+    pod.end_vm().await;
+    pod.closed().await;
+    if !events.flushed(Duration::from_millis(FLUSH_MS)).await {
+        tracing::warn!("containerd has not taken the last events");
     }
     server.disconnect().await;
     Ok(())

@@ -15,7 +15,6 @@ use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::empty::Empty;
 use std::path::PathBuf;
 use std::sync::Arc;
-use tokio::sync::Notify;
 use ttrpc::Code;
 use ttrpc::r#async::TtrpcContext;
 
@@ -26,14 +25,12 @@ const JSON_MAX_BYTES: usize = 2 << 20;
 #[derive(Clone, Debug)]
 pub struct Service {
     pod: Arc<Pod>,
-    /// Told when containerd wants the shim to end and no container is left.
-    over: Arc<Notify>,
 }
 
 impl Service {
-    /// Serves `pod`; `over` is told when the shim is to end.
-    pub fn new(pod: Arc<Pod>, over: Arc<Notify>) -> Service {
-        Service { pod, over }
+    /// Serves `pod`.
+    pub fn new(pod: Arc<Pod>) -> Service {
+        Service { pod }
     }
 }
 
@@ -256,9 +253,8 @@ impl Task for Service {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, r: api::ShutdownRequest) -> Answer<Empty> {
-        if self.pod.is_empty() {
+        if self.pod.end_if_unwanted() {
             tracing::debug!(by = shown(&r.id), "shutdown");
-            self.over.notify_one();
         }
         Ok(Empty::default())
     }

@@ -42,17 +42,25 @@ struct Reserved {
 }
 
 impl Reserved {
-    fn fill(mut self, container: &Arc<Container>) {
+    /// The container is there. Whether anybody wants it still; otherwise nothing has changed.
+    fn fill(&mut self, container: &Arc<Container>) -> bool {
+        let mut table = locked(&self.pod.containers);
+        let Some(slot) = table.slots.get_mut(&self.id) else {
+            return false;
+        };
+        if matches!(slot, Slot::Creating { unwanted: true }) {
+            return false;
+        }
+        *slot = Slot::There(Arc::clone(container));
         self.filled = true;
-        let there = Slot::There(Arc::clone(container));
-        locked(&self.pod.containers).insert(self.id.clone(), there);
+        true
     }
 }
 
 impl Drop for Reserved {
     fn drop(&mut self) {
         if !self.filled {
-            locked(&self.pod.containers).remove(&self.id);
+            self.pod.forget(&self.id);
         }
     }
 }
@@ -63,17 +71,27 @@ impl Pod {
     /// # Errors
     /// The id is taken, the spec or the root file system is refused, a hook fails, the VM does not boot. Nothing is left then.
     pub async fn create(self: &Arc<Self>, creation: Creation) -> Result<u32, TaskError> {
-        let reserved = self.reserve(&creation.id)?;
-        let container = Arc::new(self.make(&creation).await?);
-        let made = self.finish(&container).await;
+        let mut reserved = self.reserve(&creation.id)?;
+        let container = match self.make(&creation).await {
+            Ok(container) => Arc::new(container),
+            Err(error) => {
+                self.end_vm_if_last(&creation.id).await;
+                return Err(error);
+            }
+        };
+        let mut made = self.finish(&container).await;
+        if made.is_ok() && !reserved.fill(&container) {
+            made = Err(refuse(
+                Code::CANCELLED,
+                "the container was deleted while it was made",
+            ));
+        }
         if let Err(error) = made {
-            self.close(container.release());
-            self.run_stop_hooks(&container).await;
-            drop(reserved);
-            self.end_vm_if_empty().await;
+            // In the guest too, if it came to be there.
+            let last = self.is_last(&creation.id);
+            self.remove(&container, last).await;
             return Err(error);
         }
-        reserved.fill(&container);
         self.events
             .publish(Event::Create(created(&creation, container.pid)));
         Ok(container.pid)
@@ -87,7 +105,11 @@ impl Pod {
             );
             return Err(refuse(Code::INVALID_ARGUMENT, text));
         }
-        let mut containers = locked(&self.containers);
+        let mut table = locked(&self.containers);
+        if table.closing {
+            return Err(refuse(Code::UNAVAILABLE, "the shim of the pod ends"));
+        }
+        let containers = &mut table.slots;
         if containers.contains_key(id) {
             let text = format!("container {id} already exists");
             return Err(refuse(Code::ALREADY_EXISTS, text));
@@ -96,7 +118,7 @@ impl Pod {
             let text = format!("the pod has {CONTAINERS_MAX} containers already");
             return Err(refuse(Code::RESOURCE_EXHAUSTED, text));
         }
-        containers.insert(id.to_owned(), Slot::Creating);
+        containers.insert(id.to_owned(), Slot::Creating { unwanted: false });
         Ok(Reserved {
             pod: Arc::clone(self),
             id: id.to_owned(),

@@ -2,7 +2,7 @@
 //! unanswered goes on behind the answer, and takes the VM down when its grace is over.
 
 use super::run::init;
-use super::{AGENT_GRACE_MS, ANSWER_MS, Machine, Pod, in_time, locked, timestamp};
+use super::{AGENT_GRACE_MS, ANSWER_MS, Machine, Pod, Slot, in_time, locked, timestamp};
 use crate::agent::{AgentError, Target};
 use crate::cgroup::Cgroup;
 use crate::container::{Container, InGuest};
@@ -84,6 +84,7 @@ impl Pod {
     /// # Errors
     /// NOT_FOUND: there is none. FAILED_PRECONDITION: it runs.
     pub async fn delete(self: &Arc<Self>, id: &str, exec_id: &str) -> Result<Deleted, TaskError> {
+        self.give_up(id);
         let container = self.container(id)?;
         let pid = container.pid;
         if !exec_id.is_empty() {
@@ -96,7 +97,7 @@ impl Pod {
         let (pod, of) = (Arc::clone(self), Arc::clone(&container));
         // Goes on if it takes longer.
         let _done = in_time(async move { pod.remove(&of, last).await }).await;
-        locked(&self.containers).remove(id);
+        self.forget(id);
         self.events.publish(Event::Delete(TaskDelete {
             container_id: id.to_owned(),
             pid,
@@ -105,6 +106,14 @@ impl Pod {
             ..Default::default()
         }));
         Ok(Deleted { pid, exit })
+    }
+
+    /// A container that is still being made, and is to be deleted: whoever makes it undoes it.
+    fn give_up(&self, id: &str) {
+        let mut table = locked(&self.containers);
+        if let Some(Slot::Creating { unwanted }) = table.slots.get_mut(id) {
+            *unwanted = true;
+        }
     }
 
     async fn delete_exec(
@@ -142,13 +151,13 @@ impl Pod {
         exit
     }
 
-    fn is_last(&self, id: &str) -> bool {
+    pub(super) fn is_last(&self, id: &str) -> bool {
         let containers = locked(&self.containers);
-        containers.keys().all(|other| other == id)
+        containers.slots.keys().all(|other| other == id)
     }
 
     /// Removes a container in the guest and on the host, and the VM with the last one.
-    async fn remove(self: &Arc<Self>, container: &Arc<Container>, last: bool) {
+    pub(super) async fn remove(self: &Arc<Self>, container: &Arc<Container>, last: bool) {
         let vm = match &*container.in_guest.lock().await {
             InGuest::Made(vm) => Some(Arc::clone(vm)),
             InGuest::Later(_) => None,
@@ -163,7 +172,7 @@ impl Pod {
         self.run_stop_hooks(container).await;
     }
 
-    pub(super) async fn run_stop_hooks(&self, container: &Container) {
+    async fn run_stop_hooks(&self, container: &Container) {
         let state = container.state_for_hooks(Status::Stopped);
         for error in hooks::run_each(&container.hooks.stopped, &state).await {
             // The container is gone all the same.
@@ -172,9 +181,9 @@ impl Pod {
         TaskRecord::remove(&container.bundle);
     }
 
-    /// Ends the VM if the pod has no container any more.
-    pub(super) async fn end_vm_if_empty(&self) {
-        if self.is_empty() {
+    /// Ends the VM, and forgets what it was to be like, if the pod has no container but this one, which could not be made.
+    pub(super) async fn end_vm_if_last(&self, id: &str) {
+        if self.is_last(id) {
             self.end_vm().await;
         }
     }

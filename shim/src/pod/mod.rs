@@ -26,7 +26,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
-use tokio::sync::OnceCell;
+use tokio::sync::{Notify, OnceCell};
 use tokio::task::JoinSet;
 use ttrpc::Code;
 
@@ -50,8 +50,19 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// A container that is being made, or that is there.
 #[derive(Debug)]
 enum Slot {
-    Creating,
+    Creating {
+        /// Whoever asked for it has given up: it is undone once it is made.
+        unwanted: bool,
+    },
     There(Arc<Container>),
+}
+
+/// The containers of a pod, by their ids.
+#[derive(Debug, Default)]
+struct Table {
+    slots: HashMap<String, Slot>,
+    /// The shim is to end: nothing is created any more.
+    closing: bool,
 }
 
 /// The VM of the pod and what goes with it. Dropped, the VM is killed.
@@ -81,7 +92,9 @@ pub struct Pod {
     config: Result<Config, String>,
     events: Publisher,
     tree: OnceCell<Tree>,
-    containers: Mutex<HashMap<String, Slot>>,
+    containers: Mutex<Table>,
+    /// Told when the shim may end.
+    over: Notify,
     wished: Mutex<Option<Wished>>,
     machine: tokio::sync::Mutex<Option<Machine>>,
     record: Mutex<Record>,
@@ -105,6 +118,7 @@ impl Pod {
             events,
             tree: OnceCell::new(),
             containers: Mutex::default(),
+            over: Notify::new(),
             wished: Mutex::default(),
             machine: tokio::sync::Mutex::default(),
             record: Mutex::new(record),
@@ -114,7 +128,35 @@ impl Pod {
 
     /// Whether no container is known.
     pub fn is_empty(&self) -> bool {
-        locked(&self.containers).is_empty()
+        locked(&self.containers).slots.is_empty()
+    }
+
+    /// The shim is to end, if nobody wants a container of it any more; from then on nothing is created. Whether it is.
+    pub fn end_if_unwanted(&self) -> bool {
+        let mut table = locked(&self.containers);
+        let unwanted = |slot: &Slot| matches!(slot, Slot::Creating { unwanted: true });
+        if !table.slots.values().all(unwanted) {
+            return false;
+        }
+        table.closing = true;
+        if table.slots.is_empty() {
+            self.over.notify_one();
+        }
+        true
+    }
+
+    /// Waits until the shim may end.
+    pub async fn over(&self) {
+        self.over.notified().await;
+    }
+
+    /// Forgets a container, or an id that was reserved for one.
+    fn forget(&self, id: &str) {
+        let mut table = locked(&self.containers);
+        table.slots.remove(id);
+        if table.closing && table.slots.is_empty() {
+            self.over.notify_one();
+        }
     }
 
     /// The container with this id.
@@ -122,16 +164,16 @@ impl Pod {
     /// # Errors
     /// There is none, or it is still being made.
     pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
-        match locked(&self.containers).get(id) {
+        match locked(&self.containers).slots.get(id) {
             Some(Slot::There(container)) => Ok(Arc::clone(container)),
-            Some(Slot::Creating) | None => Err(TaskError::no_container(id)),
+            Some(Slot::Creating { .. }) | None => Err(TaskError::no_container(id)),
         }
     }
 
     /// The container whose task has this pid.
     fn container_of_pid(&self, pid: u32) -> Option<Arc<Container>> {
         let containers = locked(&self.containers);
-        containers.values().find_map(|slot| match slot {
+        containers.slots.values().find_map(|slot| match slot {
             Slot::There(container) if container.pid == pid => Some(Arc::clone(container)),
             _ => None,
         })
@@ -168,7 +210,12 @@ impl Pod {
 
     /// Tells of OOM kills, each once and before the exit that it caused.
     fn tell_ooms(&self, container: &Container, kills: u64) {
-        for _ in 0..container.new_ooms(kills).min(OOMS_MAX) {
+        let new = container.new_ooms(kills);
+        if new > 0 {
+            // CRI-O hears no events: it looks for this file (internal/oci/runtime_vm.go). A bundle that is gone needs none.
+            let _gone = std::fs::write(container.bundle.join("oom"), "");
+        }
+        for _ in 0..new.min(OOMS_MAX) {
             self.events.publish(Event::Oom(TaskOOM {
                 container_id: container.id.clone(),
                 ..Default::default()
