@@ -17,6 +17,9 @@ use std::time::Duration;
 /// How long a VMM may leave a packet of ours unread, in ms.
 const SEND_TIMEOUT_MS: u64 = 10_000;
 
+/// So many packets that are none are passed over in one call; a VMM that sends more is not listened to.
+const STRAYS_MAX: usize = 16;
+
 /// Our end.
 #[derive(Clone, Debug)]
 pub struct Owner(Arc<OwnedFd>);
@@ -73,12 +76,12 @@ impl Owner {
     }
 
     /// Waits for the next connection that the guest has made to a listed port; `None` when the VMM is gone. Packets
-    /// that are none are dropped.
+    /// that are none are dropped, some of them.
     ///
     /// # Errors
-    /// The kernel's.
+    /// The kernel's, or too many packets that are none.
     pub fn accept(&self) -> io::Result<Option<(u32, OwnedFd)>> {
-        loop {
+        for _ in 0..STRAYS_MAX {
             // One byte more than a packet, so that a longer one is seen as such.
             let mut packet = [0u8; OwnerMessage::BYTES + 1];
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
@@ -111,6 +114,7 @@ impl Owner {
                 return Ok(Some((port, fd)));
             }
         }
+        Err(io::Error::other("the VMM sends what is no message"))
     }
 }
 

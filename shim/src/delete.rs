@@ -8,7 +8,7 @@ use crate::cgroup::{CgroupPath, Hierarchy};
 use crate::error::chain;
 use crate::hooks::{self, HostHooks};
 use crate::pod::timestamp;
-use crate::record::{Record, TaskRecord};
+use crate::record::{Record, Started, TaskRecord};
 use crate::socket::{self, SocketError};
 use crate::spec;
 use capsid_owner::end::KILLED;
@@ -90,6 +90,10 @@ pub fn delete(deleting: &Deleting) -> Result<DeleteResponse, DeleteError> {
 
 /// Ends the server, which ends the VMM, and the VMM, which may hang; then what was theirs.
 fn end(record: &Record) -> Result<(), DeleteError> {
+    // One that has said so ends in good order: its hooks, loggers and last events.
+    if let Some(shim) = record.shim.filter(|_| record.ends).and_then(Started::open) {
+        let _gone_or_killed = gone(&shim);
+    }
     let processes = [record.shim, record.vmm].into_iter().flatten();
     // Not a server that was started as one.
     let others = processes.filter(|process| process.pid != std::process::id());

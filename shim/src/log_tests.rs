@@ -26,6 +26,15 @@ impl Bundle {
         rustix::fs::mkfifoat(rustix::fs::CWD, self.fifo(), mode).expect("writable");
     }
 
+    /// Waits until nobody has it open for reading: a child of another test has all our descriptors from its fork to its exec.
+    fn without_reader(&self) {
+        let flags = rustix::fs::OFlags::WRONLY | rustix::fs::OFlags::NONBLOCK;
+        let open = || rustix::fs::open(self.fifo(), flags, Mode::empty());
+        while !matches!(open(), Err(rustix::io::Errno::NXIO)) {
+            std::thread::yield_now();
+        }
+    }
+
     /// As containerd opens it (core/runtime/v2/shim_unix.go, `openShimLog`), but for reading alone: its end can be seen.
     fn reader(&self) -> File {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -130,11 +139,13 @@ fn a_reader_that_comes_back_is_found_on_the_same_fifo_and_on_a_new_one() {
         let reader = bundle.reader();
         tracing::info!("one");
         drop(reader);
+        bundle.without_reader();
         tracing::info!("two");
         let mut reader = bundle.reader();
         tracing::info!("three");
         assert!(lines(&mut reader)[0].ends_with("dropped=1"));
         drop(reader);
+        bundle.without_reader();
         std::fs::remove_file(bundle.fifo()).expect("ours");
         bundle.make_fifo();
         let mut reader = bundle.reader();

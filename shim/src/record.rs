@@ -70,6 +70,9 @@ pub struct Record {
     pub shim: Option<Started>,
     /// Its socket.
     pub socket: PathBuf,
+    /// The server ends by itself, and is to be waited for.
+    #[serde(default)]
+    pub ends: bool,
     /// The VMM, once there is one.
     pub vmm: Option<Started>,
     /// The VMM's cgroup, once there is one, relative to the hierarchy.
@@ -83,6 +86,7 @@ impl Record {
             group: group.to_owned(),
             shim: Started::now(std::process::id()),
             socket: socket.to_owned(),
+            ends: false,
             vmm: None,
             cgroup: None,
         }

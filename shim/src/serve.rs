@@ -147,6 +147,7 @@ async fn serve_in(serving: Serving) -> Result<(), ServeError> {
             tokio::spawn(async move { pod.stop().await });
         }
     }
+    pod.ends();
     // From here on a new `start` makes a server of its own, and this one has nothing that it creates.
     match std::fs::remove_file(&serving.socket_path) {
         Err(cause) if cause.kind() != io::ErrorKind::NotFound => {

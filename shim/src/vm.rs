@@ -141,7 +141,11 @@ impl Vm {
             }
         };
         let Some(stream) = stream else {
-            // The owner channel closed: the end of the process is about to be known.
+            // The owner channel closed: the VMM ends, or is made to.
+            let grace = Duration::from_millis(LOST_GRACE_MS);
+            if tokio::time::timeout(grace, process.ended()).await.is_err() {
+                machine::kill(&process.pidfd);
+            }
             return Err(BootError::Ended(process.ended().await.reason()));
         };
         let agent = Agent::new(stream.into()).map_err(io_error("talk to the agent"))?;
@@ -266,19 +270,18 @@ async fn watch_over(started: Started) -> Result<(Process, oneshot::Receiver<Owne
     Ok((process, answer))
 }
 
-/// Hands over the one connection of the agent and closes every other, until the VMM is gone.
+/// Hands over the one connection of the agent.
 async fn accept(channel: AsyncFd<OwnedFd>, owner: Owner, dialled: oneshot::Sender<OwnedFd>) {
-    let mut dialled = Some(dialled);
     while let Ok(mut ready) = channel.readable().await {
         match ready.try_io(|_socket| owner.accept()) {
             Ok(Ok(Some((AGENT_RPC_PORT, stream)))) => {
-                if let Some(dialled) = dialled.take() {
-                    // Whoever waited may have given up; then the stream is closed.
-                    let _nobody = dialled.send(stream);
-                }
+                // Whoever waited may have given up; then the stream is closed. Nothing else is ever wanted of the VMM here, and what it
+                // sends all the same fills a socket of its own.
+                let _nobody = dialled.send(stream);
+                return;
             }
-            Ok(Ok(Some(_))) => {}
-            Ok(Ok(None) | Err(_)) => return,
+            // The guest may dial no other port: such a VMM is not listened to.
+            Ok(Ok(_) | Err(_)) => return,
             Err(_would_block) => {}
         }
     }

@@ -27,14 +27,14 @@ pub const SHARE_ATTRIBUTES: MountAttrFlags = MountAttrFlags::MOUNT_ATTR_NOSUID
     .union(MountAttrFlags::MOUNT_ATTR_NOSYMFOLLOW);
 
 /// A mount namespace of this thread alone (which also unshares its root and working directory), from which nothing
-/// propagates back.
+/// propagates back. What the host mounts and unmounts later does so here too.
 ///
 /// # Errors
 /// The kernel's.
 pub fn enter_private_namespace() -> io::Result<()> {
     nix::sched::unshare(CloneFlags::CLONE_NEWNS)?;
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    Ok(rustix::mount::mount_change("/", private)?)
+    let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
+    Ok(rustix::mount::mount_change("/", slave)?)
 }
 
 /// A detached copy of the mount tree at `path`; with an empty path, of the one behind the fd.

@@ -14,6 +14,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use ttrpc::Code;
 
+/// Most devices of a guest in its figures: what the protocol has.
+const DEVICES_MAX: usize = 64;
+
 /// A process, as containerd asks for it.
 #[derive(Clone, Debug)]
 pub struct Status {
@@ -191,7 +194,8 @@ impl Pod {
         if let Ok(turn) = Arc::clone(&container.asking).try_lock_owned() {
             let asking = tokio::spawn(async move {
                 let answer = vm.agent().stats(&asked.id).await;
-                if let Ok(figures) = answer {
+                if let Ok(mut figures) = answer {
+                    figures.io.truncate(DEVICES_MAX);
                     *locked(&asked.figures) = Some(figures);
                 }
                 drop(turn);

@@ -2,11 +2,11 @@
 //! unanswered goes on behind the answer, and takes the VM down when its grace is over.
 
 use super::run::init;
-use super::{AGENT_GRACE_MS, ANSWER_MS, Machine, Pod, Slot, in_time, locked, timestamp};
+use super::{AGENT_GRACE_MS, Machine, Pod, Slot, in_time, locked, timestamp};
 use crate::agent::{AgentError, Target};
 use crate::cgroup::Cgroup;
 use crate::container::{Container, InGuest};
-use crate::error::{TaskError, chain, refuse};
+use crate::error::{TaskError, chain};
 use crate::events::Event;
 use crate::hooks::{self, Status};
 use crate::process::{Exit, Process};
@@ -37,8 +37,7 @@ impl Pod {
     /// Sends a signal to a process, or to all of its container.
     ///
     /// # Errors
-    /// NOT_FOUND: there is no such process, or it has ended. UNAVAILABLE: the guest does not answer; not for SIGKILL, after which it is
-    /// taken down.
+    /// NOT_FOUND: there is no such process, or it has ended. A guest that does not answer is no error; after SIGKILL it is taken down.
     pub async fn kill(
         self: &Arc<Self>,
         (id, exec_id): (&str, &str),
@@ -62,20 +61,13 @@ impl Pod {
         let (of, exec) = (Arc::clone(&container), exec_id.to_owned());
         let sent = in_time(send(vm, of, exec, signal, all)).await;
         match sent {
-            Some(Ok(())) => Ok(()),
-            None if signal == SIGKILL => Ok(()),
-            Some(Err(AgentError::Lost { .. })) if signal == SIGKILL => Ok(()),
+            // Without an answer it goes on behind ours: CRI's StopContainer would stop at an error, and never come to its SIGKILL.
+            Some(Ok(()) | Err(AgentError::Lost { .. })) | None => Ok(()),
             Some(Err(AgentError::Refused {
                 code: Code::NOT_FOUND,
                 ..
             })) => Err(crate::state::Refusal::Gone.into()),
             Some(Err(error)) => Err(error.into()),
-            None => Err(refuse(
-                Code::UNAVAILABLE,
-                format!(
-                    "the guest has not taken the signal within {ANSWER_MS} ms; SIGKILL ends it in any case"
-                ),
-            )),
         }
     }
 
@@ -94,10 +86,14 @@ impl Pod {
         container.init.advance(Verb::Delete)?;
         let exit = self.exit_of_deleted(&container);
         let last = self.is_last(id);
+        self.leaves(id);
         let (pod, of) = (Arc::clone(self), Arc::clone(&container));
-        // Goes on if it takes longer.
-        let _done = in_time(async move { pod.remove(&of, last).await }).await;
-        self.forget(id);
+        // Goes on if it takes longer; until then the id is not free and the shim does not end.
+        let _done = in_time(async move {
+            pod.remove(&of, last).await;
+            pod.forget(&of.id);
+        })
+        .await;
         self.events.publish(Event::Delete(TaskDelete {
             container_id: id.to_owned(),
             pid,
@@ -136,6 +132,8 @@ impl Pod {
             })
             .await;
         }
+        // For whoever waits for one that never ran.
+        exec.process.ended(exit);
         self.close(exec.process.take_pumps());
         container.forget_exec(exec_id);
         Ok(exit)
@@ -147,13 +145,20 @@ impl Pod {
             return exit;
         }
         let exit = Exit::now(KILLED);
-        container.init.ended(exit);
-        exit
+        self.tell_exit(container, "", exit);
+        container.init.exit().unwrap_or(exit)
     }
 
     pub(super) fn is_last(&self, id: &str) -> bool {
         let containers = locked(&self.containers);
-        containers.slots.keys().all(|other| other == id)
+        let mut others = containers.slots.iter().filter(|(other, _)| *other != id);
+        others.all(|(_, slot)| matches!(slot, Slot::Leaving))
+    }
+
+    fn leaves(&self, id: &str) {
+        if let Some(slot) = locked(&self.containers).slots.get_mut(id) {
+            *slot = Slot::Leaving;
+        }
     }
 
     /// Removes a container in the guest and on the host, and the VM with the last one.
@@ -173,12 +178,13 @@ impl Pod {
     }
 
     async fn run_stop_hooks(&self, container: &Container) {
+        // First: they run once, even if this process does not live to see it.
+        TaskRecord::remove(&container.bundle);
         let state = container.state_for_hooks(Status::Stopped);
         for error in hooks::run_each(&container.hooks.stopped, &state).await {
             // The container is gone all the same.
             tracing::warn!(container = container.id, error = chain(&error), "poststop");
         }
-        TaskRecord::remove(&container.bundle);
     }
 
     /// Ends the VM, and forgets what it was to be like, if the pod has no container but this one, which could not be made.
@@ -221,6 +227,13 @@ async fn send(
     let grace = Duration::from_millis(AGENT_GRACE_MS);
     let sent = tokio::time::timeout(grace, vm.agent().signal(target, signal, all)).await;
     let lost = matches!(sent, Err(_) | Ok(Err(AgentError::Lost { .. })));
+    if lost && signal != SIGKILL {
+        tracing::warn!(
+            container = container.id,
+            signal,
+            "the guest has not taken a signal"
+        );
+    }
     if lost && signal == SIGKILL {
         tracing::warn!(
             container = container.id,

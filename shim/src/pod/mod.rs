@@ -55,6 +55,8 @@ enum Slot {
         unwanted: bool,
     },
     There(Arc<Container>),
+    /// It is being removed: nobody finds it, and its id is not free yet.
+    Leaving,
 }
 
 /// The containers of a pod, by their ids.
@@ -134,7 +136,8 @@ impl Pod {
     /// The shim is to end, if nobody wants a container of it any more; from then on nothing is created. Whether it is.
     pub fn end_if_unwanted(&self) -> bool {
         let mut table = locked(&self.containers);
-        let unwanted = |slot: &Slot| matches!(slot, Slot::Creating { unwanted: true });
+        let unwanted =
+            |slot: &Slot| matches!(slot, Slot::Creating { unwanted: true } | Slot::Leaving);
         if !table.slots.values().all(unwanted) {
             return false;
         }
@@ -143,6 +146,14 @@ impl Pod {
             self.over.notify_one();
         }
         true
+    }
+
+    /// Notes for the `delete` action, which containerd runs as soon as it has hung up, that this process ends by itself.
+    pub fn ends(&self) {
+        let mut record = locked(&self.record);
+        record.ends = true;
+        // A bundle that is gone needs no note.
+        let _gone = record.write(&self.bundle);
     }
 
     /// Waits until the shim may end.
@@ -166,7 +177,7 @@ impl Pod {
     pub fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
         match locked(&self.containers).slots.get(id) {
             Some(Slot::There(container)) => Ok(Arc::clone(container)),
-            Some(Slot::Creating { .. }) | None => Err(TaskError::no_container(id)),
+            Some(Slot::Creating { .. } | Slot::Leaving) | None => Err(TaskError::no_container(id)),
         }
     }
 
@@ -191,7 +202,8 @@ impl Pod {
     /// Waits until all streams are closed and their loggers have ended, which takes them 12 s at most.
     pub async fn closed(&self) {
         let closing = std::mem::take(&mut *locked(&self.closing));
-        closing.join_all().await;
+        let mut closing = closing;
+        while closing.join_next().await.is_some() {}
     }
 
     /// The configuration.

@@ -1,7 +1,7 @@
 //! From a container that is known to one that runs, and the watch over each process until its end.
 
 use super::{Machine, Pod, locked, timestamp};
-use crate::agent::Target;
+use crate::agent::{AgentError, Target};
 use crate::cgroup::{Cgroup, CgroupPath, Hierarchy};
 use crate::container::{Container, Exec, InGuest};
 use crate::error::{TaskError, chain, internal, invalid, refuse};
@@ -14,6 +14,7 @@ use crate::spec::{GuestSpec, PidNamespace};
 use crate::state::Verb;
 use crate::stdio::{GuestEnds, Outputs, Stdio, StdioError, Wanted};
 use crate::vm::Vm;
+use capsid_owner::end::UNKNOWN;
 use capsid_owner::files::Part;
 use capsid_owner::machine::Parts;
 use capsid_protocol::agent::{self as api, CreateContainerRequest};
@@ -394,11 +395,14 @@ pub(super) fn init(container: &Container) -> Target<'_> {
 async fn end_of(vm: &Vm, target: Target<'_>) -> (u8, u64) {
     let told = tokio::select! {
         biased;
-        told = vm.agent().wait(target) => told.ok(),
+        told = vm.agent().wait(target) => Some(told),
         _ended = vm.ended() => None,
     };
-    if let Some(exit) = told {
-        return (exit.status, exit.oom_kills);
+    match told {
+        Some(Ok(exit)) => return (exit.status, exit.oom_kills),
+        // An agent that answers is not lost, whatever it knows of this process.
+        Some(Err(AgentError::Refused { .. } | AgentError::Exec { .. })) => return (UNKNOWN, 0),
+        Some(Err(AgentError::Lost { .. })) | None => {}
     }
     let grace = Duration::from_millis(LOST_GRACE_MS);
     if tokio::time::timeout(grace, vm.ended()).await.is_err() {

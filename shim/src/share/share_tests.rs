@@ -181,3 +181,38 @@ async fn a_thousand_containers_leave_nothing_in_the_tree() {
         0
     );
 }
+
+#[tokio::test]
+async fn what_the_host_mounts_later_is_found_by_a_container_that_comes_later() {
+    let scratch = Scratch::new("host-mounts");
+    // Of another thread: a test's host. It is shared, as systemd makes it.
+    let (data, from) = (scratch.directory("data"), scratch.directory("from"));
+    std::thread::scope(|scope| {
+        let host = scope.spawn(|| {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).expect("root");
+            use rustix::mount::{MountPropagationFlags as Flags, mount_bind, mount_change};
+            mount_change("/", Flags::PRIVATE | Flags::REC).expect("a namespace of its own");
+            mount_bind(&scratch.0, &scratch.0).expect("a mount");
+            mount_change(&scratch.0, Flags::SHARED).expect("a mount");
+            let runtime = tokio::runtime::Builder::new_current_thread().build();
+            runtime.expect("a loop").block_on(async {
+                let tree = Tree::make().await.expect("root");
+                let copy = tree.copy().await.expect("a tree");
+                fs::write(from.join("later"), "x").expect("writable");
+                mount_bind(&from, &data).expect("a mount");
+                let mut with_volume = placement("c1", Root::Empty);
+                with_volume.volumes = vec![Volume {
+                    source: data.clone(),
+                    read_only: false,
+                    recursive: true,
+                }];
+                let _placed = tree.add(with_volume).await.expect("mounted");
+                attached(&copy);
+                let copy = tree.copy().await.expect("a tree");
+                attached(&copy);
+                assert!(inside(&copy, "c1/volumes/0/later").exists());
+            });
+        });
+        host.join().expect("the host");
+    });
+}
