@@ -15,6 +15,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use ttrpc::Code;
 
+/// Most OOM kills of one container that are told: a guest can have as many as it likes, and the queue of events is for all of its pod.
+const OOMS_MAX: u64 = 64;
 /// Most execs of one container that are known at a time, ended ones that nobody deleted included.
 const EXECS_MAX: usize = 1024;
 
@@ -74,6 +76,8 @@ pub struct Container {
     pub limits: Mutex<Option<Vec<u8>>>,
     /// The last figures.
     pub figures: Mutex<Option<StatsResponse>>,
+    /// Held while it is frozen or let go on: one after the other.
+    pub freezing: tokio::sync::Mutex<()>,
     /// Held while the guest is asked for them.
     pub asking: Arc<tokio::sync::Mutex<()>>,
     parked: Mutex<Option<Parked>>,
@@ -118,6 +122,7 @@ impl Container {
             in_guest: tokio::sync::Mutex::new(InGuest::Later(Box::new(made.guest))),
             limits: Mutex::default(),
             figures: Mutex::default(),
+            freezing: tokio::sync::Mutex::default(),
             asking: Arc::default(),
             parked: Mutex::new(Some(made.parked)),
             placed: Mutex::new(Some(made.placed)),
@@ -190,8 +195,9 @@ impl Container {
         locked(&self.execs).remove(id);
     }
 
-    /// How many OOM kills there are to be told, now that the guest counts `kills`: each is told once.
+    /// How many OOM kills there are to be told, now that the guest counts `kills`: each is told once, the first [`OOMS_MAX`] at all.
     pub fn new_ooms(&self, kills: u64) -> u64 {
+        let kills = kills.min(OOMS_MAX);
         let mut said = locked(&self.said_ooms);
         let new = kills.saturating_sub(*said);
         *said = (*said).max(kills);

@@ -7,6 +7,9 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 use tokio::sync::watch;
 
+/// The signal that nothing outdoes.
+pub const SIGKILL: u32 = 9;
+
 /// The end of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Exit {
@@ -61,6 +64,8 @@ pub struct Process {
     state: watch::Sender<State>,
     exit: watch::Sender<Option<Exit>>,
     pumps: Mutex<Option<Pumps>>,
+    /// A signal that came while it was being started, to be sent then.
+    noted: Mutex<Option<u32>>,
     /// CloseIO came before there were pumps.
     stdin_closed: Mutex<bool>,
 }
@@ -77,6 +82,7 @@ impl Process {
             state: watch::Sender::new(State::Created),
             exit: watch::Sender::new(None),
             pumps: Mutex::default(),
+            noted: Mutex::default(),
             stdin_closed: Mutex::default(),
         }
     }
@@ -117,6 +123,21 @@ impl Process {
             }
             still
         });
+    }
+
+    /// Notes a signal for when it was started; whether it is being started. The last one counts, and none more than SIGKILL.
+    pub fn note_signal(&self, signal: u32) -> bool {
+        let mut noted = locked(&self.noted);
+        let starts = self.state() == State::Starting;
+        if starts && *noted != Some(SIGKILL) {
+            *noted = Some(signal);
+        }
+        starts
+    }
+
+    /// The signal that was noted; once. From the caller's [`Verb::Started`] on none is noted any more.
+    pub fn take_noted(&self) -> Option<u32> {
+        locked(&self.noted).take()
     }
 
     /// Waits while it is being started.
@@ -204,6 +225,20 @@ mod tests {
         assert!(!settled.is_finished());
         process.advance(Verb::Started).expect("starting");
         settled.await.expect("told");
+    }
+
+    #[test]
+    fn a_signal_during_the_start_is_noted_and_sigkill_outdoes_all() {
+        let process = process();
+        assert!(!process.note_signal(15), "it is not being started");
+        process.advance(Verb::Start).expect("created");
+        for signal in [15, SIGKILL, 1] {
+            assert!(process.note_signal(signal));
+        }
+        process.advance(Verb::Started).expect("starting");
+        assert!(!process.note_signal(15), "it runs");
+        assert_eq!(process.take_noted(), Some(SIGKILL));
+        assert_eq!(process.take_noted(), None);
     }
 
     #[test]

@@ -102,6 +102,7 @@ impl Pod {
     /// It does not run, or cannot be frozen.
     pub async fn pause(&self, id: &str) -> Result<(), TaskError> {
         let container = self.container(id)?;
+        let _turn = container.freezing.lock().await;
         container.init.advance(Verb::Pause)?;
         let frozen = freeze(&container, true).await;
         frozen.inspect_err(|_| container.init.retreat(State::Paused, State::Running))?;
@@ -118,6 +119,7 @@ impl Pod {
     /// It is not frozen.
     pub async fn resume(&self, id: &str) -> Result<(), TaskError> {
         let container = self.container(id)?;
+        let _turn = container.freezing.lock().await;
         container.init.advance(Verb::Resume)?;
         let thawed = freeze(&container, false).await;
         thawed.inspect_err(|_| container.init.retreat(State::Running, State::Paused))?;

@@ -9,7 +9,7 @@ use crate::container::{Container, InGuest};
 use crate::error::{TaskError, chain};
 use crate::events::Event;
 use crate::hooks::{self, Status};
-use crate::process::{Exit, Process};
+use crate::process::{Exit, Process, SIGKILL};
 use crate::record::TaskRecord;
 use crate::state::{State, Verb};
 use crate::vm::Vm;
@@ -19,8 +19,6 @@ use std::sync::Arc;
 use std::time::Duration;
 use ttrpc::Code;
 
-/// SIGKILL.
-const SIGKILL: u32 = 9;
 /// Signals whose default action ends a process that is not there yet: HUP, INT, QUIT, KILL, TERM.
 const ENDING: [u32; 5] = [1, 2, 3, SIGKILL, 15];
 
@@ -55,9 +53,15 @@ impl Pod {
             if ENDING.contains(&signal) {
                 let status = u8::try_from(128 + signal).unwrap_or(KILLED);
                 self.tell_exit(&container, exec_id, Exit::now(status));
+            } else {
+                // Whoever starts it sends it then; to what is not being started, none is sent.
+                process.note_signal(signal);
             }
             return Ok(());
         };
+        if process.note_signal(signal) {
+            return Ok(());
+        }
         let (of, exec) = (Arc::clone(&container), exec_id.to_owned());
         let sent = in_time(send(vm, of, exec, signal, all)).await;
         match sent {
@@ -213,7 +217,7 @@ fn is_in_guest(process: &Process, exec_id: &str) -> bool {
     exec_id.is_empty() || process.state() != State::Created
 }
 
-async fn send(
+pub(super) async fn send(
     vm: Arc<Vm>,
     container: Arc<Container>,
     exec: String,
@@ -251,8 +255,21 @@ async fn send(
 
 async fn remove_in_guest(vm: &Vm, container: &Container) {
     let grace = Duration::from_millis(AGENT_GRACE_MS);
-    let removed = tokio::time::timeout(grace, vm.agent().delete(init(container))).await;
-    match removed {
+    let removed = tokio::time::timeout(grace, async {
+        match vm.agent().delete(init(container)).await {
+            // It runs, though nobody here knows of it: a Start whose answer was lost.
+            Err(AgentError::Refused {
+                code: Code::FAILED_PRECONDITION,
+                ..
+            }) => {
+                vm.agent().signal(init(container), SIGKILL, true).await?;
+                vm.agent().wait(init(container)).await?;
+                vm.agent().delete(init(container)).await
+            }
+            deleted => deleted,
+        }
+    });
+    match removed.await {
         Ok(Ok(())) => {}
         Ok(Err(AgentError::Refused { text, .. })) => {
             tracing::warn!(
@@ -272,7 +289,7 @@ async fn remove_in_guest(vm: &Vm, container: &Container) {
 }
 
 /// Waits for the kernel on another thread.
-async fn remove_cgroup(cgroup: Cgroup) {
+pub(super) async fn remove_cgroup(cgroup: Cgroup) {
     let removed = tokio::task::spawn_blocking(move || cgroup.remove()).await;
     if let Ok(Err(error)) = removed {
         tracing::warn!(error = chain(&error), "removing the VM's cgroup");

@@ -40,8 +40,6 @@ const ANSWER_MS: u64 = 800;
 /// How long the agent may leave a signal or a removal unanswered before its VM is taken down, in ms; an emulated host is some twenty times
 /// slower than a real one.
 const AGENT_GRACE_MS: u64 = 30_000;
-/// Most OOM kills of one answer that are told one by one.
-const OOMS_MAX: u64 = 16;
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -227,7 +225,7 @@ impl Pod {
             // CRI-O hears no events: it looks for this file (internal/oci/runtime_vm.go). A bundle that is gone needs none.
             let _gone = std::fs::write(container.bundle.join("oom"), "");
         }
-        for _ in 0..new.min(OOMS_MAX) {
+        for _ in 0..new {
             self.events.publish(Event::Oom(TaskOOM {
                 container_id: container.id.clone(),
                 ..Default::default()

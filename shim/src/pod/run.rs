@@ -1,13 +1,14 @@
 //! From a container that is known to one that runs, and the watch over each process until its end.
 
-use super::{Machine, Pod, locked, timestamp};
+use super::end::{remove_cgroup, send};
+use super::{Machine, Pod, Wished, locked, timestamp};
 use crate::agent::{AgentError, Target};
 use crate::cgroup::{Cgroup, CgroupPath, Hierarchy};
 use crate::container::{Container, Exec, InGuest};
 use crate::error::{TaskError, chain, internal, invalid, refuse};
 use crate::events::Event;
 use crate::hooks::Status;
-use crate::process::{Exit, Process};
+use crate::process::{Exit, Process, SIGKILL};
 use crate::record::{Record, Started};
 use crate::sizing::Size;
 use crate::spec::{GuestSpec, PidNamespace};
@@ -27,6 +28,8 @@ use ttrpc::Code;
 
 /// How long after its agent was lost a VM may take to end by itself, in ms: a guest that panics takes its agent along first.
 const LOST_GRACE_MS: u64 = 10_000;
+/// How long after an event of the guest's the next one is asked for, in ms.
+const EVENT_PAUSE_MS: u64 = 20;
 /// The exit of a process whose start failed for a reason of ours.
 const NOT_STARTED: u8 = 128;
 
@@ -53,12 +56,18 @@ impl Pod {
             // Killed while the VM booted.
             return Err(crate::state::Refusal::Gone.into());
         }
-        vm.agent().start(&container.id).await?;
+        let started = vm.agent().start(&container.id).await;
+        if let Err(AgentError::Lost { .. }) = started {
+            // It may run, though Start is to fail.
+            let of = Arc::clone(container);
+            tokio::spawn(send(Arc::clone(&vm), of, String::new(), SIGKILL, true));
+        }
+        started?;
         if let Err(error) =
             Pod::run_hooks(container, &container.hooks.started, Status::Running).await
         {
             // As with runc: a container whose poststart hook fails is ended.
-            let killed = vm.agent().signal(init(container), 9, true).await;
+            let killed = vm.agent().signal(init(container), SIGKILL, true).await;
             if let Err(error) = killed {
                 tracing::warn!(container = container.id, %error, "ending it");
             }
@@ -70,7 +79,26 @@ impl Pod {
             ..Default::default()
         }));
         container.init.advance(Verb::Started)?;
+        self.send_noted(&vm, container, "", &container.init);
         Ok(())
+    }
+
+    /// Sends what came while a process was being started.
+    fn send_noted(
+        &self,
+        vm: &Arc<Vm>,
+        container: &Arc<Container>,
+        exec_id: &str,
+        process: &Process,
+    ) {
+        if let Some(signal) = process.take_noted() {
+            let (vm, container) = (Arc::clone(vm), Arc::clone(container));
+            let exec = exec_id.to_owned();
+            tokio::spawn(async move {
+                // What became of it is in the log.
+                let _sent = send(vm, container, exec, signal, false).await;
+            });
+        }
     }
 
     /// Has the container made in the guest, with a VM that boots if there is none, unless it is there already.
@@ -193,7 +221,13 @@ impl Pod {
             container: &container.id,
             exec: &exec.id,
         };
-        vm.agent().exec(target, json, stdio).await?;
+        let started = vm.agent().exec(target, json, stdio).await;
+        if let Err(AgentError::Lost { .. }) = started {
+            // It may run, and nobody would watch it.
+            let (of, exec_id) = (Arc::clone(container), exec.id.clone());
+            tokio::spawn(send(Arc::clone(&vm), of, exec_id, SIGKILL, false));
+        }
+        started?;
         self.events.publish(Event::ExecStarted(TaskExecStarted {
             container_id: container.id.clone(),
             exec_id: exec.id.clone(),
@@ -201,6 +235,7 @@ impl Pod {
             ..Default::default()
         }));
         exec.process.advance(Verb::Started)?;
+        self.send_noted(&vm, container, &exec.id, &exec.process);
         self.watch(container, exec.id.clone(), &exec.process, &vm);
         Ok(())
     }
@@ -291,18 +326,22 @@ impl Pod {
         let usable = self.config()?.check_kvm();
         usable.map_err(|error| refuse(Code::FAILED_PRECONDITION, chain(&error)))?;
         let began = Instant::now();
-        let share = self.tree().await?.copy().await;
-        let share = share.map_err(|error| internal(&error))?;
-        let cgroup = wished.cgroup.as_ref().map(make_cgroup).transpose()?;
-        // Before there is anything in it: whoever kills this process now leaves a note of it.
+        // Before there is such a cgroup: whoever kills this process then leaves a note of it.
         self.record(|record| record.cgroup = wished.cgroup.as_ref().map(ToString::to_string))?;
-        let entrance = cgroup.as_ref().map(Cgroup::entrance).transpose();
-        let entrance = entrance.map_err(|error| internal(&error))?.map(File::from);
-        let parts = self.parts(&size, share, entrance)?;
-        let limit = self.config()?.boot_timeout;
-        let booted = Vm::boot(parts, limit, (&wished.hostname, &wished.sysctls)).await;
-        let (vm, guest) = booted.map_err(|error| refuse(Code::UNAVAILABLE, chain(&error)))?;
-        self.record(|record| record.vmm = Started::now(vm.pid()))?;
+        let cgroup = match wished.cgroup.clone() {
+            Some(place) => Some(make_cgroup(place).await?),
+            None => None,
+        };
+        let booted = self.boot_in(cgroup.as_ref(), &wished).await;
+        let (vm, guest) = match booted {
+            Ok(booted) => booted,
+            Err(error) => {
+                if let Some(cgroup) = cgroup {
+                    remove_cgroup(cgroup).await;
+                }
+                return Err(error);
+            }
+        };
         // It has the shim's until now, which the kernel spares.
         let score = format!("/proc/{}/oom_score_adj", vm.pid());
         if let Err(cause) = std::fs::write(&score, wished.oom_score_adj.to_string()) {
@@ -321,6 +360,23 @@ impl Pod {
             vm: Arc::new(vm),
             cgroup,
         })
+    }
+
+    async fn boot_in(
+        &self,
+        cgroup: Option<&Cgroup>,
+        wished: &Wished,
+    ) -> Result<(Vm, api::StartSandboxResponse), TaskError> {
+        let entrance = cgroup.map(Cgroup::entrance).transpose();
+        let entrance = entrance.map_err(|error| internal(&error))?.map(File::from);
+        let share = self.tree().await?.copy().await;
+        let share = share.map_err(|error| internal(&error))?;
+        let parts = self.parts(&wished.size, share, entrance)?;
+        let limit = self.config()?.boot_timeout;
+        let booted = Vm::boot(parts, limit, (&wished.hostname, &wished.sysctls)).await;
+        let (vm, guest) = booted.map_err(|error| refuse(Code::UNAVAILABLE, chain(&error)))?;
+        self.record(|record| record.vmm = Started::now(vm.pid()))?;
+        Ok((vm, guest))
     }
 
     fn parts(&self, size: &Size, share: OwnedFd, cgroup: Option<File>) -> Result<Parts, TaskError> {
@@ -362,6 +418,8 @@ impl Pod {
         let (pod, of) = (Arc::downgrade(self), Arc::clone(vm));
         tokio::spawn(async move {
             while let Ok(event) = of.agent().next_event().await {
+                // A guest that always has one does not keep this process busy.
+                tokio::time::sleep(Duration::from_millis(EVENT_PAUSE_MS)).await;
                 let Some(pod) = pod.upgrade() else { return };
                 if let Some(api::event::Kind::OomKill(kill)) = event.kind {
                     // One that the guest made up has no container.
@@ -379,8 +437,11 @@ impl Pod {
     }
 }
 
-fn make_cgroup(place: &CgroupPath) -> Result<Cgroup, TaskError> {
-    let made = Hierarchy::find().and_then(|hierarchy| hierarchy.make(place));
+/// On another thread: the kernel may take its time.
+async fn make_cgroup(place: CgroupPath) -> Result<Cgroup, TaskError> {
+    let make = move || Hierarchy::find().and_then(|hierarchy| hierarchy.make(&place));
+    let made = tokio::task::spawn_blocking(make).await;
+    let made = made.map_err(|_| refuse(Code::INTERNAL, "making the cgroup was cut short"))?;
     made.map_err(|error| refuse(Code::FAILED_PRECONDITION, chain(&error)))
 }
 
